@@ -1,0 +1,153 @@
+"""What a mechanism is: the contract that every file of this folder fulfils.
+
+The base does the plumbing (checks, scale, tiles of queries, types); a mechanism says what one tile of queries reads.
+Capabilities are attributes, and the planner, the evals, the docs and the command line read them from the registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.errors import UsageError
+from longspan.kv.base import LayerKV
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer: heads, head sizes and the bytes that one number of the KV cache takes."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    kv_bytes: float = 2.0
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of one token's key and value."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * self.kv_bytes
+
+    def read_flops(self, keys: float) -> float:
+        """FLOPs of one query position (all heads) that attends to `keys` keys."""
+        return 2.0 * self.query_heads * keys * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer takes at a context of n tokens (leading terms; softmax and projections are left out)."""
+
+    decode_flops: float
+    decode_bytes: float
+    """Bytes of the KV cache that one decode step reads."""
+    prefill_flops: float
+    """FLOPs of the whole prefill of n tokens."""
+    kept_bytes: float
+    """Bytes that must be kept for the next token."""
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a caller knows beyond queries and keys."""
+
+    routing_query: Tensor | None = None
+    """`[B, Hq, T, D]`: the query that searches, where the model has one of its own (superlinear)."""
+    chosen_pages: tuple[int, ...] = ()
+    """Pages chosen for this question (retrieval)."""
+
+
+@dataclass(frozen=True)
+class Mechanism(ABC):
+    """A way to attend over a long context. Its dataclass fields are its options."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    """One line for tables."""
+    source: ClassVar[str]
+    """The paper."""
+    exact: ClassVar[bool] = False
+    """Whether it computes dense attention itself."""
+    bounded_memory: ClassVar[bool] = False
+    """Whether what it keeps stops growing with the context."""
+    needs_training: ClassVar[bool] = False
+    """Whether the model must have been trained for it."""
+    decode_order: ClassVar[str]
+    """How a decode step's work grows with the context n."""
+    beyond_window: ClassVar[bool] = True
+    """Whether positions stay within what the model was trained on, however long the context."""
+    tile: ClassVar[int] = 256
+    """Queries that are read together."""
+
+    def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
+        """Attend causally from the last T positions of the context.
+
+        Args:
+            q: unrotated queries `[B, Hq, T, D]` of the positions `N - T .. N - 1`; any float type.
+            kv: the layer's keys and values, those of the T new tokens included.
+            scale: what scores are multiplied by; None: `1/sqrt(D)`.
+            hints: see `Hints`.
+
+        Returns:
+            `[B, Hq, T, Dv]` in q's type; computed in float32 (float64 where q is).
+        """
+        queries = q.shape[2]
+        first = kv.length - queries
+        hints = hints or Hints()
+        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+        computed = q.to(_compute_dtype(q.dtype))
+        tiles = []
+        for start in range(0, queries, self.tile):
+            stop = min(start + self.tile, queries)
+            routing = hints.routing_query
+            part = dataclasses.replace(hints, routing_query=None if routing is None else routing[:, :, start:stop])
+            tiles.append(self.attend_tile(computed[:, :, start:stop], kv, first + start, scale, part))
+        out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 2)
+        return out.to(q.dtype)
+
+    @abstractmethod
+    def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
+        """Attend from the positions `first .. first + T - 1`, T at most `tile`; returns `[B, Hq, T, Dv]`."""
+
+    @abstractmethod
+    def cost(self, n: int, shape: Shape) -> Cost:
+        """Return what one layer takes at a context of n tokens."""
+
+    def dropped(self, length: int) -> tuple[int, int]:
+        """Return the tokens `start .. stop - 1` that no later query reads at a context of `length`."""
+        return (0, 0)
+
+    def describe(self) -> str:
+        """Return the specification that makes this mechanism again, without options at their defaults."""
+        options = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(options) if options else "")
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Return the options and their defaults."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Refuse an option below its least sensible value (UsageError)."""
+    if not value >= least:
+        raise UsageError(f"{name}={value} is too small: it must be at least {least}")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an option that is none of its allowed words (UsageError)."""
+    if value not in allowed:
+        raise UsageError(f"{name}={value} is unknown: use one of {', '.join(allowed)}")

@@ -1,0 +1,57 @@
+"""Dense attention: every key, exactly.
+
+`out_t = softmax(q_t K_{0..t} / sqrt(D)) V_{0..t}` (Attention Is All You Need, arXiv 1706.03762, equation 1), computed
+in two parts, the keys before the tile and the triangle within it, merged by their log-sum-exp.
+
+Beyond the length that the model was trained on, positions are read as they are: the result is exact attention at
+positions the model has never seen, which most models don't survive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import Cost, Hints, Mechanism, Shape
+from longspan.kernels.partial_attention import merge_partials, partial_attention
+from longspan.kv.base import LayerKV
+
+
+@dataclass(frozen=True)
+class Dense(Mechanism):
+    """Reads every key exactly."""
+
+    name: ClassVar[str] = "dense"
+    about: ClassVar[str] = "every key, exactly"
+    source: ClassVar[str] = "arXiv 1706.03762"
+    exact: ClassVar[bool] = True
+    decode_order: ClassVar[str] = "n"
+    beyond_window: ClassVar[bool] = False
+
+    def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
+        """See `Mechanism.attend_tile`."""
+        count = q.shape[2]
+        stop = first + count
+        q = kv.queries_at(q, torch.arange(first, stop))
+        k = kv.keys_at_own_positions(0, stop).to(q.dtype)
+        v = kv.values(0, stop).to(q.dtype)
+        if count == 1:
+            return partial_attention(q, k, v, scale=scale)[0]
+        triangle = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()
+        near = partial_attention(q, k[:, :, first:], v[:, :, first:], triangle, scale=scale)
+        if first == 0:
+            return near[0]
+        past = partial_attention(q, k[:, :, :first], v[:, :, :first], scale=scale)
+        return merge_partials(torch.stack([past[0], near[0]]), torch.stack([past[1], near[1]]))[0]
+
+    def cost(self, n: int, shape: Shape) -> Cost:
+        """See `Mechanism.cost`."""
+        return Cost(
+            decode_flops=shape.read_flops(n),
+            decode_bytes=n * shape.token_bytes,
+            prefill_flops=n * shape.read_flops((n + 1) / 2),
+            kept_bytes=n * shape.token_bytes,
+        )

@@ -1,0 +1,81 @@
+"""Attention of many queries, each to spans of its own, without a quadratic mask.
+
+The rows (query, query head, span) of one KV head, sorted by where their span begins, fall into groups whose spans lie
+close together; each group is one small dense product over the keys between its first and its last. The work is that of
+the spans plus the groups' spread, n / (rows / group) keys a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.kernels.partial_attention import partial_attention
+from longspan.kv.base import LayerKV
+
+GROUP = 64
+"""Rows computed together."""
+
+
+def attend_spans(
+    q: Tensor, kv: LayerKV, first: int, lo: Tensor, hi: Tensor, shift: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend from every query head to each of its spans apart.
+
+    Args:
+        q: unrotated queries `[B, Hq, T, D]` of the positions `first .. first + T - 1`.
+        kv: the layer.
+        first: position of the first query.
+        lo: int64 `[B, Hq, T, S]`, first key of each span.
+        hi: int64 `[B, Hq, T, S]`, last key of each span; a span with lo > hi is empty.
+        shift: int64 `[B, Hq, T, S]`: each span is read as if it stood this many positions nearer to the query.
+        scale: what scores are multiplied by.
+
+    Returns:
+        `(out [B, Hq, T, S, Dv], lse [B, Hq, T, S])`; 0 and -inf for an empty span.
+    """
+    batch, heads, count, dim = q.shape
+    spans = lo.shape[-1]
+    kv_heads = kv.keys(0, 0).shape[1]
+    value_dim = kv.values(0, 0).shape[-1]
+    group = heads // kv_heads
+    at = torch.arange(first, first + count, device=q.device).view(1, 1, -1, 1)
+    rows = q.unsqueeze(3).expand(batch, heads, count, spans, dim)
+    if kv.rotary is not None:
+        rows = kv.rotary(rows, at - shift)
+    per_head = (batch, kv_heads, group * count * spans)
+    rows = rows.reshape(*per_head, dim)
+    lo, hi = lo.reshape(per_head), hi.reshape(per_head)
+    out = q.new_zeros(*per_head, value_dim)
+    lse = q.new_full(per_head, float("-inf"))
+    for b in range(batch):
+        for h in range(kv_heads):
+            order = torch.argsort(torch.where(lo[b, h] <= hi[b, h], lo[b, h], torch.iinfo(torch.int64).max))
+            order = order[: int((lo[b, h] <= hi[b, h]).sum())]
+            for chosen in order.split(GROUP):
+                begin, end = lo[b, h, chosen], hi[b, h, chosen]
+                start, stop = int(begin.min()), int(end.max()) + 1
+                keys_at = torch.arange(start, stop, device=q.device)
+                k = _keys(kv, start, stop)[b : b + 1, h : h + 1].to(q.dtype)
+                v = kv.values(start, stop)[b : b + 1, h : h + 1].to(q.dtype)
+                mask = (keys_at >= begin.unsqueeze(1)) & (keys_at <= end.unsqueeze(1))
+                part, part_lse = partial_attention(rows[b, h, chosen][None, None], k, v, mask, scale=scale)
+                out[b, h, chosen], lse[b, h, chosen] = part[0, 0], part_lse[0, 0]
+    return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
+
+
+def disjoint(lo: Tensor, hi: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return spans `[..., S]` that cover the same keys without sharing one, in order of their first key.
+
+    Where spans overlap, the one that begins earlier keeps the shared keys; `shift` travels with its span.
+    """
+    order = torch.argsort(torch.where(lo <= hi, lo, torch.iinfo(torch.int64).max), dim=-1, stable=True)
+    lo, hi, shift = lo.gather(-1, order), hi.gather(-1, order), shift.gather(-1, order)
+    reached = torch.cummax(torch.where(lo <= hi, hi, torch.full_like(hi, -1)), -1).values
+    before = torch.cat([torch.full_like(reached[..., :1], -1), reached[..., :-1]], -1)
+    return torch.maximum(lo, before + 1), hi, shift
+
+
+def _keys(kv: LayerKV, start: int, stop: int) -> Tensor:
+    """Keys at their own positions; from the kept rotation of the whole context where the layer has one."""
+    return kv.keys_at_own_positions(0, stop)[:, :, start:]

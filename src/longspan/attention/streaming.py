@@ -1,0 +1,62 @@
+"""StreamingLLM: the first tokens (sinks) and the newest ones, in bounded memory.
+
+Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453): a query at t sees the keys `0 .. sinks-1`
+and `t - window + 1 .. t`, with positions counted inside that cache (section 3.2), so the model never meets a distance
+it was not trained on. What lies between is dropped, and forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least
+from longspan.attention.window import attend_far, attend_window
+from longspan.kernels.partial_attention import merge_partials
+from longspan.kv.base import LayerKV
+
+
+@dataclass(frozen=True)
+class Streaming(Mechanism):
+    """Reads sinks and a window, and keeps nothing else."""
+
+    window: int = 2044
+    """Newest keys that a query sees, its own included."""
+    sinks: int = 4
+    """First keys of the context that every query sees."""
+
+    name: ClassVar[str] = "streaming"
+    about: ClassVar[str] = "sinks and the newest keys, bounded memory"
+    source: ClassVar[str] = "arXiv 2309.17453"
+    bounded_memory: ClassVar[bool] = True
+    decode_order: ClassVar[str] = "1"
+
+    def __post_init__(self) -> None:
+        """Refuse options out of range."""
+        at_least("window", self.window, 1)
+        at_least("sinks", self.sinks, 0)
+
+    def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
+        """See `Mechanism.attend_tile`."""
+        near = attend_window(q, kv, first, self.window, scale)
+        far = attend_far(q, kv, first, self.window, torch.arange(min(self.sinks, kv.length)), scale)
+        if far is None:
+            return near[0]
+        return merge_partials(torch.stack([near[0], far[0]]), torch.stack([near[1], far[1]]))[0]
+
+    def dropped(self, length: int) -> tuple[int, int]:
+        """See `Mechanism.dropped`."""
+        return (min(self.sinks, length), max(min(self.sinks, length), length - self.window + 1))
+
+    def cost(self, n: int, shape: Shape) -> Cost:
+        """See `Mechanism.cost`."""
+        keys = min(n, self.window + self.sinks)
+        return Cost(
+            decode_flops=shape.read_flops(keys),
+            decode_bytes=keys * shape.token_bytes,
+            prefill_flops=n * shape.read_flops(keys),
+            kept_bytes=keys * shape.token_bytes,
+        )

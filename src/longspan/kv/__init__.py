@@ -1,0 +1,1 @@
+"""Keys and values: pages, and positions given when they are read."""

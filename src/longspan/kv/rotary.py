@@ -1,0 +1,64 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864, equation 34) applied when a key is read, not when it is kept.
+
+Keys and queries arrive unrotated; a mechanism rotates each to the position it reads it at. Rotations compose and only
+the difference between the query's and the key's position enters a score, so a page can be read anywhere.
+Angles are computed in float64: at position 10M a float32 angle would be off by half a radian.
+It does not know which position a key should have: mechanisms decide.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """Rotates the first `2 * len(inv_freq)` channels of a head; channel i is paired with channel i + half."""
+
+    _KEPT = 8  # ranges of angles kept: all layers of one chunk ask for the same few
+
+    def __init__(self, inv_freq: Tensor, trained_length: int | None = None) -> None:
+        """Take the frequencies `[R/2]` in radians a token and the number of positions the model was trained on."""
+        self.inv_freq = inv_freq.detach().double().cpu()
+        self.trained_length = trained_length
+        self._ranges: OrderedDict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = OrderedDict()
+
+    @property
+    def dim(self) -> int:
+        """Number of channels that are rotated."""
+        return 2 * self.inv_freq.numel()
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x `[..., N, D]` to integer positions `[N]` or any shape that broadcasts to `[..., N]`."""
+        cos, sin = self._angles(positions, x.device, _angle_dtype(x))
+        return self._rotate(x, cos, sin)
+
+    def range(self, x: Tensor, start: int) -> Tensor:
+        """Rotate x `[..., N, D]` to the positions `start .. start + N - 1`."""
+        stop, dtype = start + x.shape[-2], _angle_dtype(x)
+        key = (start, stop, x.device, dtype)
+        if key not in self._ranges:
+            self._ranges[key] = self._angles(torch.arange(start, stop), x.device, dtype)
+            if len(self._ranges) > self._KEPT:
+                self._ranges.popitem(last=False)
+        self._ranges.move_to_end(key)
+        return self._rotate(x, *self._ranges[key])
+
+    def _angles(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions.to(device).double().unsqueeze(-1) * self.inv_freq.to(device)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        if x.shape[-1] > 2 * half:
+            turned.append(x[..., 2 * half :].to(cos.dtype))
+        return torch.cat(turned, -1).to(x.dtype)
+
+
+def _angle_dtype(x: Tensor) -> torch.dtype:
+    """Angles are applied in float32, or float64 where x is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,135 @@
+"""Passages ranked by the words they share with a question: BM25.
+
+S. Robertson and H. Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", Foundations and Trends
+in Information Retrieval 3(4), 2009, doi:10.1561/1500000019. For a word that occurs `f` times in a passage of
+`l` words the passage scores `idf * f / (f + k1 (1 - b + b l / mean l))`, and for a query the sum over its words.
+`idf = ln(1 + (P - p + 0.5) / (p + 0.5))`, where `p` of the `P` passages hold the word; that is Lucene's idf,
+positive for every word, so that a match never costs.
+
+What this does not know: synonyms, word order, negation, meaning. A question in other words than the text's
+finds nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_K1 = 1.5  # how slowly further occurrences of a word stop counting
+_B = 0.75  # how much a long passage is discounted
+
+# Scripts without spaces between words (Thai to Khmer, kana, Han), and Hangul, whose particles cling to the
+# word: their runs are cut into characters and pairs of characters, the usual stand-in for a dictionary.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff"
+    "\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Vowel signs and accents inside a word, which Python's \w leaves out (Hebrew, Arabic, the scripts of India).
+_SIGNS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0981-\u0dff"
+# An underscore parts words: max_tokens is found by "max tokens".
+_TOKEN = re.compile(f"([{_UNSPACED}]+)|((?:[^\\W_{_UNSPACED}]|[{_SIGNS}])+)")
+
+
+class LexicalIndex:
+    """BM25 over passages held in memory; the module tells the formula, its source and what it does not know.
+
+    `language` names the stemmer (English takes "walked" for "walks", but not "found" for "find") and the stop
+    words that go with it. "none" takes every word as it is, which suits code, Chinese and mixed languages.
+    """
+
+    def __init__(self, passages: Sequence[str], language: str = "english") -> None:
+        """Index the passages.
+
+        Raises:
+            UnknownNameError: there is no stemmer for `language`; the message lists those there are.
+        """
+        self.language = language
+        self._size = len(passages)
+        self._stop_words = _stop_words(language)
+        self._columns: dict[str, int] = {}  # stem -> its column in the score matrix
+        stems = _Stems(language, self._stop_words)
+        columns = self._columns
+        rows = [[columns.setdefault(stem, len(columns)) for stem in stems(passage)] for passage in passages]
+        self._bm25: Any = None
+        if columns:  # bm25s can't divide by a mean length of nothing
+            import bm25s
+
+            self._bm25 = bm25s.BM25(k1=_K1, b=_B, method="lucene")
+            self._bm25.index((rows, columns), create_empty_token=False, show_progress=False)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def scores(self, query: str) -> npt.NDArray[np.float32]:
+        """Return every passage's score, float32 `[passages]`: 0 where no word matches, and for an empty query."""
+        import numpy as np
+
+        # A stemmer of its own for each call: they hold buffers, so that two threads can't share one.
+        stems = _Stems(self.language, self._stop_words)(query)
+        found = [self._columns[stem] for stem in stems if stem in self._columns]
+        if not found:
+            return np.zeros(self._size, dtype=np.float32)
+        scores: npt.NDArray[np.float32] = self._bm25.get_scores_from_ids(found)
+        return scores
+
+    def search(self, query: str, k: int) -> list[tuple[int, float]]:
+        """Return up to `k` passages as (index, score), best first, ties in order of the text; matches only.
+
+        Raises:
+            UsageError: `k` is negative.
+        """
+        if k < 0:
+            raise UsageError(f"k must be 0 or more, not {k}")
+        scores = self.scores(query)
+        order = (-scores).argsort(kind="stable")[:k]
+        return [(int(i), float(scores[i])) for i in order if scores[i] > 0]
+
+
+class _Stems:
+    """Text to the list of its words' stems, stop words left out."""
+
+    def __init__(self, language: str, stop_words: frozenset[str]) -> None:
+        self._stop_words = stop_words
+        self._stemmer: Any = None
+        if language != "none":
+            import Stemmer
+
+            self._stemmer = Stemmer.Stemmer(language)
+
+    def __call__(self, text: str) -> list[str]:
+        words = [word for word in _words(text) if word not in self._stop_words]
+        if self._stemmer is None:
+            return words
+        stems: list[str] = self._stemmer.stemWords(words)
+        return stems
+
+
+def _words(text: str) -> Iterator[str]:
+    # NFKC: a PDF's ligatures, full-width letters and split accents are spelt as everyone types them.
+    for unspaced, word in _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold()):
+        if word:
+            yield word
+        else:
+            yield from unspaced
+            yield from (unspaced[i : i + 2] for i in range(len(unspaced) - 1))
+
+
+def _stop_words(language: str) -> frozenset[str]:
+    if language == "none":
+        return frozenset()
+    import bm25s.stopwords
+    import Stemmer
+
+    if language not in Stemmer.algorithms():
+        raise UnknownNameError(f"no stemmer for {language!r}; choose none, {', '.join(Stemmer.algorithms())}")
+    # The longer English list has the question words, which would favour passages that ask something.
+    name = "STOPWORDS_EN_PLUS" if language in {"english", "porter"} else f"STOPWORDS_{language.upper()}"
+    return frozenset(word for entry in getattr(bm25s.stopwords, name, ()) for word in _words(entry))

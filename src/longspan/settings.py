@@ -1,0 +1,60 @@
+"""What the environment may set: every variable that Longspan reads, typed and documented, and nothing else.
+
+| variable | meaning | default |
+|---|---|---|
+| `LONGSPAN_CACHE` | folder for models and calibrations | `$XDG_CACHE_HOME/longspan`, else the platform's cache folder |
+| `LONGSPAN_SESSIONS` | folder for saved sessions | `$XDG_DATA_HOME/longspan/sessions`, else the platform's |
+| `LONGSPAN_MODEL` | model used where none is named | `smollm2` |
+| `LONGSPAN_THREADS` | CPU threads for torch | torch's own choice |
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from longspan.errors import UsageError
+
+DEFAULT_MODEL = "smollm2"
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be fetched or computed again."""
+    return _folder("LONGSPAN_CACHE", "XDG_CACHE_HOME", "cache")
+
+
+def sessions_folder() -> Path:
+    """Return the folder for saved sessions: these are kept until the user removes them."""
+    named = os.environ.get("LONGSPAN_SESSIONS")
+    return Path(named).expanduser() if named else _folder(None, "XDG_DATA_HOME", "data") / "sessions"
+
+
+def history_file() -> Path:
+    """Return the file that holds the questions typed into `longspan chat`."""
+    return _folder(None, "XDG_STATE_HOME", "state") / "chat_history"
+
+
+def default_model() -> str:
+    """Return the model used where none is named."""
+    return os.environ.get("LONGSPAN_MODEL") or DEFAULT_MODEL
+
+
+def threads() -> int | None:
+    """Return the number of CPU threads that was asked for, or None for torch's own choice."""
+    text = os.environ.get("LONGSPAN_THREADS")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"LONGSPAN_THREADS must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def _folder(own: str | None, xdg: str, kind: str) -> Path:
+    """Return the folder of one kind: our own variable, then XDG's on every platform, then the platform's habit."""
+    if own and (named := os.environ.get(own)):
+        return Path(named).expanduser()
+    if base := os.environ.get(xdg):
+        return Path(base).expanduser() / "longspan"
+    import platformdirs
+
+    return Path(getattr(platformdirs, f"user_{kind}_dir")("longspan", appauthor=False))
