@@ -95,6 +95,8 @@ def test_steps_in_the_documented_order() -> None:
     # Temperature comes before min-p: at 2 the ratios are square roots, sqrt(1/2) = 0.707 is in.
     kept = distribution(logits, SamplingParams(temperature=2.0, min_p=0.7)) > 0
     assert kept.tolist() == [True, True, True, False]
+    # At least as likely: the edge itself is in.
+    assert distribution(torch.tensor([2.0, 1.0, 2.0]), SamplingParams(temperature=1.0, min_p=1.0))[2] == 0.5
 
 
 def test_ties_keep_the_lower_ids() -> None:

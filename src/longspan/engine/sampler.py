@@ -137,7 +137,14 @@ class Sampler:
         if self.params.temperature == 0.0:
             return int(_scores(logits, self.params, history).argmax())
         probabilities = distribution(logits, self.params, history)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        # The inverse of the cumulative distribution at one random number: some ten times cheaper for 150K tokens
+        # than torch.multinomial, which draws one a token. In float64 (which MPS lacks), or the tokens below 6e-8
+        # would be lost to rounding: together they can hold a percent.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        reached = probabilities.cumsum(0, dtype=exact)
+        drawn = torch.rand((), generator=self._generator, dtype=exact, device=self.device)
+        # 1 - drawn is in (0, 1]: the first token to reach that share adds to the sum, so its probability isn't 0.
+        return int(torch.searchsorted(reached, (1 - drawn) * reached[-1]))
 
 
 def _scores(logits: Tensor, params: SamplingParams, history: Tensor | None) -> Tensor:

@@ -128,24 +128,19 @@ class TextStream:
         if not agreed and len(window) < 2 * _WINDOW:
             return  # a character is under way (see `_settle`), and the tail could not be compared
         unsettled = max(0, len(full) - len(self._settled))
-        cut: tuple[int, str] | None = None
         for start in range(len(window) - _KEEP, 0, -1):
             tail = self._decode(window[start:])
             context = tail[: max(0, len(tail) - unsettled)]
-            # A cut inside a character shows up as U+FFFD where `full` has the character. A tail that lacks a
-            # leading space is fine, as long as visible text stands between it and what comes next.
+            # A cut inside a character shows up as U+FFFD where `full` has the character. A tail that lacks its
+            # leading space is fine, as long as some text stands between it and what comes next.
             if context and full.endswith(tail):
-                if context.strip():
-                    cut = start, context
-                    break
-                cut = cut or (start, context)
-        if cut is None:
-            if not full.endswith(_BAD) and self._decode(window[:-1]) == full:
-                window.pop()  # one more token without text after many: the context in front of them must stay
+                self._window, self._settled = window[start:], context
                 return
+        if not full.endswith(_BAD) and self._decode(window[:-1]) == full:
+            window.pop()  # one more token without text after many: the context in front of them must stay
+        elif len(window) >= 2 * _WINDOW:  # a decoder that drops much: the cost must stay linear all the same
             tail = self._decode(window[-_KEEP:])
-            cut = len(window) - _KEEP, tail[: max(0, len(tail) - unsettled)]
-        self._window, self._settled = window[cut[0] :], cut[1]
+            self._window, self._settled = window[-_KEEP:], tail[: max(0, len(tail) - unsettled)]
 
     def _show(self, new: str, *, final: bool) -> str:
         """Add settled text; return what of it and of the held text can be shown."""

@@ -1,0 +1,1 @@
+"""Models from transformers: the one room that touches transformers' internals."""

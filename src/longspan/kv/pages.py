@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from longspan.errors import UsageError
+from longspan.errors import SessionCorruptError, UsageError
 from longspan.kv.base import PAGE, LayerKV
 from longspan.kv.rotary import Rotary
 
@@ -128,6 +128,39 @@ class PagedKV(LayerKV):
             self.pool.give_back(slots)
             self.table[first:last] = [_DROPPED] * (last - first)
             self._slots = None
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return the pages held, in order, and which they are: what `restore` takes."""
+        pages = [page for page, slot in enumerate(self.table) if slot != _DROPPED]
+        slots = torch.tensor([self.table[page] for page in pages], dtype=torch.int64, device=self.pool.keys.device)
+        keys, values = self.pool.keys[:, slots], self.pool.values[:, slots]
+        if self._length % PAGE and pages:
+            # What lies behind the last token is whatever the memory held before: not for a file.
+            keys[:, -1, self._length % PAGE :] = 0
+            values[:, -1, self._length % PAGE :] = 0
+        return {f"{prefix}pages": torch.tensor(pages, dtype=torch.int64), f"{prefix}k": keys, f"{prefix}v": values}
+
+    def restore(self, prefix: str, length: int, tensors: dict[str, Tensor]) -> None:
+        """Hold what `tensors` returned, for a context of `length` tokens (SessionCorruptError if it does not fit)."""
+        try:
+            pages, keys, values = (tensors[f"{prefix}{name}"] for name in ("pages", "k", "v"))
+        except KeyError as error:
+            raise SessionCorruptError(f"the saved pages lack {error}: remove the session and read again") from error
+        pool, count = self.pool, -(-length // PAGE)
+        fits = (
+            keys.shape == (pool.keys.shape[0], pages.numel(), PAGE, pool.keys.shape[-1])
+            and values.shape == (pool.values.shape[0], pages.numel(), PAGE, pool.values.shape[-1])
+            and (pages.numel() == 0 or 0 <= int(pages.min()) <= int(pages.max()) < count)
+        )
+        if not fits:
+            raise SessionCorruptError("the saved pages do not fit the model: remove the session and read again")
+        self.truncate(0)
+        pool.reserve(pages.numel())
+        self.table = [_DROPPED] * count
+        for i, page in enumerate(pages.tolist()):
+            self.table[page] = slot = pool.take()
+            pool.keys[:, slot], pool.values[:, slot] = keys[:, i].to(pool.keys), values[:, i].to(pool.values)
+        self._length, self._slots, self._bounds = length, None, None
 
     def keys(self, start: int, stop: int) -> Tensor:
         """See `LayerKV`."""

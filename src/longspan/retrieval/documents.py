@@ -30,7 +30,6 @@ from typing import BinaryIO
 from longspan.errors import DocumentError, UsageError
 
 _LEFT_OUT = {"__pycache__", "node_modules"}  # beside all that starts with a dot, `.git` too
-_CONVERTED = {".pdf", ".docx", ".pptx", ".xlsx", ".epub"}
 _ZIP_PARTS = {"word/": "docx", "ppt/": "pptx", "xl/": "xlsx", "META-INF/container.xml": "epub"}
 _UNREAD = {
     b"\xd0\xcf\x11\xe0": "is an old Office file, or locked with a password: save it unlocked as .docx or PDF",
@@ -40,7 +39,7 @@ _UNREAD = {
 }
 _HTML_START = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])", re.I | re.S)
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # the colours in logs
-_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # those that are not white space
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]+")  # those that are not white space
 _UNMAPPED_GLYPH = re.compile(r"\(cid:\d+\)")  # pdfminer writes it where a font does not tell the letter
 _CONVERTING = threading.Lock()  # warnings are silenced process-wide: two threads would undo each other's
 
@@ -126,8 +125,7 @@ class _Reader:
             raise _RefusedError("is a device or a socket: give a file or a folder")
 
     def _standard_input(self) -> None:
-        stream = self.stdin or getattr(sys.stdin, "buffer", None)
-        if stream is None:
+        if (stream := self.stdin or getattr(sys.stdin, "buffer", None)) is None:
             raise _RefusedError("there is no standard input: give a file")
         if "-" not in self.documents:
             self.progress("<stdin>")
@@ -161,8 +159,6 @@ class _Reader:
                         inside = sorted(path.iterdir(), key=lambda child: child.name, reverse=True)
                     pending += [p for p in inside if not p.name.startswith(".") and p.name not in _LEFT_OUT]
             except _RefusedError as error:
-                if path is top:
-                    raise
                 refused.append(Skipped(_shown(str(path)), str(error)))
         if not found:
             told = "; ".join(f"{each.name} {each.reason}" for each in refused[:3])
@@ -210,9 +206,9 @@ def _text_of(data: bytes, suffix: str) -> str:
         text = _converted(data, kind)
     if _UNMAPPED_GLYPH.sub("", text).strip():
         return text
-    empty = "is empty: leave it out, or check that it was saved"
-    scan = "has no text (pictures of text, as in a scan, or blank pages): run OCR on it first"
-    raise _RefusedError(empty if kind in {"text", "html"} else scan)
+    if kind in {"text", "html"}:
+        raise _RefusedError("is empty: leave it out, or check that it was saved")
+    raise _RefusedError("has no text (a scan, pictures of text, or blank pages): run OCR on it first")
 
 
 def _kind(data: bytes, suffix: str) -> str:
@@ -232,7 +228,7 @@ def _kind(data: bytes, suffix: str) -> str:
     for mark, reason in _UNREAD.items():
         if data.startswith(mark):
             raise _RefusedError(reason)
-    if suffix in _CONVERTED:
+    if suffix == ".pdf" or suffix[1:] in _ZIP_PARTS.values():
         raise _RefusedError(f"is named {suffix} but holds something else: get it again, or rename it")
     return "text"
 
@@ -247,7 +243,7 @@ def _converted(data: bytes, kind: str) -> str:
         for name in ("pdfminer", "pdfplumber", "markitdown", "openpyxl"):  # what matters is raised
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         converter = getattr(markitdown.converters, f"{kind.capitalize()}Converter")()
-        about = StreamInfo(extension=f".{kind}", charset="utf-8" if kind == "html" else None)
+        about = StreamInfo(extension=f".{kind}", charset="utf-8")
         # Markdown's backslashes before _ and * are noise to a model, and part words for lexical search.
         plain = {"escape_underscores": False, "escape_asterisks": False, "escape_misc": False}
         try:
@@ -259,19 +255,19 @@ def _converted(data: bytes, kind: str) -> str:
                 raise _RefusedError("is locked with a password: save it unlocked") from error
             what = " ".join(f"{type(error).__name__} {error}".split())[:100]
             raise _RefusedError(f"can't be parsed as {kind.upper()} ({what}): get it again") from error
-    text = _CONTROLS.sub("", text.replace("\f", "\n\n")).encode("utf-8", "replace").decode()
+    text = _CONTROLS.sub("", text).encode("utf-8", "replace").decode()
     if kind == "pdf":  # justified lines come with two spaces for one
         text = re.sub(r"(?<=\S) {2,}(?=\S)", " ", text)
-    text = "\n".join(line.rstrip() for line in text.splitlines())
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip("\n")
 
 
 def _decoded(data: bytes) -> str:
     """Return the first plausible reading of the bytes, newlines as `\\n`, stray control characters dropped."""
     for reading in _readings(data):
         text = _TERMINAL_CODES.sub("", reading)
-        if len(_CONTROLS.findall(text)) <= max(1, len(text) // 200):  # more than a slip: not text
-            return _CONTROLS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+        clean = _CONTROLS.sub("", text)
+        if len(text) - len(clean) <= max(1, len(text) // 200):  # more than a slip: not text
+            return clean.replace("\r\n", "\n").replace("\r", "\n")
     raise _RefusedError("is binary, not text: give text, Markdown, HTML, PDF, DOCX, PPTX, XLSX or EPUB")
 
 
@@ -294,7 +290,7 @@ def _readings(data: bytes) -> Iterator[str]:
     # Latin letters and spaces have zero bytes in UTF-16; without that test a short word passes for Chinese.
     wide = [f"utf_{bits}{order}" for bits in (16, 32) for order in ("", "_le", "_be")]
     excluded = ["utf_7", *([] if b"\0" in data else wide)]
-    matches = from_bytes(data, cp_exclusion=excluded, enable_fallback=False)
+    matches = from_bytes(data, cp_exclusion=excluded)
     if (best := matches.best()) is not None:
         # Western text fits sister alphabets nearly as well; it is by far the commonest, so ties are its own.
         western = (m for m in matches if "cp1252" in m.could_be_from_charset and m.chaos <= best.chaos + 0.06)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import UnknownNameError, UsageError
@@ -35,6 +35,7 @@ _UNSPACED = (
 # Vowel signs and accents inside a word, which Python's \w leaves out (Hebrew, Arabic, the scripts of India).
 _SIGNS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0981-\u0dff"
 # An underscore parts words: max_tokens is found by "max tokens".
+_ASCII_TOKEN = re.compile("[0-9a-z]+")
 _TOKEN = re.compile(f"([{_UNSPACED}]+)|((?:[^\\W_{_UNSPACED}]|[{_SIGNS}])+)")
 
 
@@ -94,27 +95,34 @@ class LexicalIndex:
 
 
 class _Stems:
-    """Text to the list of its words' stems, stop words left out."""
+    """Text to the list of its words' stems, stop words left out; each distinct word is stemmed once."""
 
     def __init__(self, language: str, stop_words: frozenset[str]) -> None:
-        self._stop_words = stop_words
-        self._stemmer: Any = None
+        self._known = dict.fromkeys(stop_words, "")
+        self._stem: Callable[[str], str] = str
         if language != "none":
             import Stemmer
 
-            self._stemmer = Stemmer.Stemmer(language)
+            self._stem = Stemmer.Stemmer(language, 0).stemWord  # 0: its own cache is small, and slow once full
 
     def __call__(self, text: str) -> list[str]:
-        words = [word for word in _words(text) if word not in self._stop_words]
-        if self._stemmer is None:
-            return words
-        stems: list[str] = self._stemmer.stemWords(words)
+        stems = []
+        for word in _words(text):
+            stem = self._known.get(word)
+            if stem is None:
+                stem = self._known[word] = self._stem(word)
+            if stem:
+                stems.append(stem)
         return stems
 
 
 def _words(text: str) -> Iterator[str]:
     # NFKC: a PDF's ligatures, full-width letters and split accents are spelt as everyone types them.
-    for unspaced, word in _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold()):
+    text = unicodedata.normalize("NFKC", text).casefold()
+    if text.isascii():  # a third of the time
+        yield from _ASCII_TOKEN.findall(text)
+        return
+    for unspaced, word in _TOKEN.findall(text):
         if word:
             yield word
         else:

@@ -216,6 +216,10 @@ def read_tensors(path: Path, blob: Blob) -> dict[str, Tensor]:
         raise MissingError("is missing") from error
     except SafetensorError as error:  # the checksum holds: this safetensors is too old for what is in the file
         raise DamageError(f"can't be read by safetensors ({error})") from error
+    except RuntimeError as error:  # torch's own: it opens the file a second time, to map it
+        if not path.exists():
+            raise MissingError("is missing") from error
+        raise OSError(str(error)) from error
     return dict(loaded)
 
 

@@ -48,16 +48,12 @@ def locked(path: Path, folder: Path, wait: bool = True) -> Iterator[None]:
     Raises BlockingIOError if another holds it and `wait` is false, OSError where the lock file can't be made
     or the file system has no locks.
     """
-    handle = _acquire(path, wait)
-    try:
+    with contextlib.ExitStack() as stack:  # every step of letting go is taken, whatever interrupts another
+        handle = _acquire(path, wait)
+        stack.callback(os.close, handle)
+        stack.callback(_unlock, handle)
+        stack.callback(_remove_if_useless, path, folder)
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            if not folder.exists():
-                path.unlink()  # while held: whoever waits for it sees that it is gone and makes a new one
-        with contextlib.suppress(OSError):
-            _unlock(handle)
-        os.close(handle)
 
 
 def _acquire(path: Path, wait: bool) -> int:
@@ -72,6 +68,13 @@ def _acquire(path: Path, wait: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _remove_if_useless(path: Path, folder: Path) -> None:
+    """Remove the lock file, while it is held, if what it guards is gone: whoever waits for it makes a new one."""
+    with contextlib.suppress(OSError):
+        if not folder.exists():
+            path.unlink()
 
 
 def _still_named(handle: int, path: Path) -> bool:

@@ -1,0 +1,76 @@
+"""Saving a session with what the model remembers of it, and restoring both.
+
+What must match on restore is its identity: the model's weights and tokenizer, the attention and its options, the
+number type, and the format of what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from longspan.attention import Mechanism, parse
+from longspan.engine.contexts import Context, IndexContext
+from longspan.errors import SessionCorruptError
+from longspan.hf.model import CausalModel
+from longspan.sessions.session import Session
+from longspan.sessions.store import JSON, SavedSession, SessionStore
+
+FORMAT = 1
+"""Changes whenever what is kept changes its meaning."""
+
+
+def identity(model: CausalModel, attention: str) -> dict[str, JSON]:
+    """Return what a saved session must agree with to be continued."""
+    return {
+        "model": model.fingerprint,
+        "tokenizer": model.tokenizer_hash,
+        "attention": attention,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "format": FORMAT,
+    }
+
+
+def save(store: SessionStore, session: Session, same: dict[str, JSON]) -> None:
+    """Commit a session; the memory's tensors are not written again where nothing was read since."""
+    assert session.name is not None, "only a session with a name is saved"
+    state, tensors, texts = session.to_saved()
+    memory: Context | None = session.memory
+    groups = {"documents": tensors}
+    unchanged = []
+    if memory is not None:
+        mechanism = memory.wanted if isinstance(memory, IndexContext) else memory.mechanism
+        state["memory"] = {"mechanism": mechanism.describe(), "length": memory.length}
+        if session.saved_length == memory.length and store.exists(session.name):
+            unchanged = ["memory"]
+        else:
+            groups["memory"] = memory.tensors()
+    store.save(session.name, same, state, groups, texts, unchanged)
+    session.saved_length = -1 if memory is None else memory.length
+
+
+def restore_memory(session: Session, saved: SavedSession, make_context: Callable[[Mechanism], Context]) -> None:
+    """Give a restored session its memory back."""
+    state: Any = saved.state
+    kept = state.get("memory")
+    if kept is None:
+        return
+    try:
+        context = make_context(parse(str(kept["mechanism"])))
+        length = int(kept["length"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SessionCorruptError(f"session {saved.name!r} has a damaged memory: remove it and read again") from error
+    context.restore(_tokens_read(session, context, length), dict(saved.tensors["memory"]))
+    session.memory = context
+    session.saved_length = context.length
+
+
+def _tokens_read(session: Session, context: Context, length: int) -> list[int]:
+    """Return the tokens that the memory holds: the template's head, then documents."""
+    from longspan.engine import prompts
+
+    head = [] if isinstance(context, IndexContext) else prompts.around_documents(context.model)[0]
+    tokens = (head + session.tokens)[:length]
+    if len(tokens) != length:
+        raise SessionCorruptError(f"session {session.name!r} remembers more than it holds: remove it and read again")
+    return tokens

@@ -1,0 +1,218 @@
+"""A causal language model from transformers, as the rest of Longspan sees it.
+
+It runs tokens through the layers with a reader in each layer's attention, and knows tokenizer, chat template, window
+and how positions are encoded. It does not keep anything between calls: contexts do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.attention.base import Shape
+from longspan.errors import ModelError
+from longspan.hf.attention import Enough, Reader
+from longspan.kv.rotary import Rotary
+
+_DOCUMENT, _QUESTION = "\ue000document\ue001", "\ue000question\ue001"  # private-use characters: in no real text
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that pages and readers need."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    """Positions that the model was trained on."""
+
+    def shape(self, kv_bytes: float) -> Shape:
+        """Return one layer's shape for cost models."""
+        return Shape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, kv_bytes)
+
+
+class CausalModel:
+    """A model, its tokenizer, and what Longspan must know about both."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        """Take a transformers model that was loaded with Longspan's attention, and its tokenizer.
+
+        Raises:
+            ModelError: attention of a kind that Longspan does not serve yet.
+        """
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.config = model.config.get_text_config()
+        self.dimensions = _dimensions(name, self.config)
+        self.rotary = self._find_rotary()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        found: torch.device = self.model.device
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        found: torch.dtype = self.model.dtype
+        return found
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int], reader: Reader, *, logits: bool = False) -> Tensor | None:
+        """Run new tokens through the layers.
+
+        Args:
+            tokens: T token ids.
+            reader: gets each layer's unrotated queries, keys and values.
+            logits: whether the last position's logits are wanted.
+
+        Returns:
+            float32 logits `[V]` of the last position, or None.
+        """
+        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
+        # Position 0 everywhere: nothing is rotated (see hf/attention.py).
+        given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False, "longspan": reader}
+        try:
+            if not logits:
+                self.model.base_model(**given)
+                return None
+            out: Tensor = self.model(**given, logits_to_keep=1).logits
+        except Enough:
+            return None
+        return out[0, -1].float()
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens added at its ends."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokens_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return token ids and, for each, its first character and the one after its last.
+
+        Raises:
+            ModelError: the tokenizer can't tell offsets (a slow tokenizer).
+        """
+        if not self.tokenizer.is_fast:
+            raise ModelError(f"{self.name} has a slow tokenizer, which can't tell where a token stands in the text")
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        found: set[int] = set()
+        for owner in (self.model.generation_config, self.config, self.tokenizer):
+            ends = getattr(owner, "eos_token_id", None)
+            found.update([ends] if isinstance(ends, int) else ends or [])
+        return frozenset(found)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return a conversation as text in the model's own chat template, ready for its answer.
+
+        A model without a template gets plain paragraphs that end in `Answer:`.
+        """
+        if not self.tokenizer.chat_template:
+            titles = {"system": "", "user": "Question: ", "assistant": "Answer: "}
+            return "\n\n".join(titles.get(m["role"], "") + m["content"] for m in messages) + "\n\nAnswer:"
+        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return text
+
+    def chat_around(self, before: str, after: str, system: str) -> tuple[str, str, str]:
+        """Return the chat template's text around a document and a question.
+
+        Args:
+            before: what the user says before the document.
+            after: what the user says between document and question.
+            system: the system message.
+
+        Returns:
+            What stands before the document, between document and question, and after the question.
+        """
+        content = before + _DOCUMENT + after + _QUESTION
+        text = self.chat([{"role": "system", "content": system}, {"role": "user", "content": content}])
+        head, _, rest = text.partition(_DOCUMENT)
+        middle, _, tail = rest.partition(_QUESTION)
+        return head, middle, tail
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of configuration and weights, whatever the model's path: 32 hexadecimal digits.
+
+        Weights are sampled (4096 numbers of each tensor), enough to tell checkpoints apart at a fraction of the time.
+        """
+        keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "rope_parameters")
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps({key: getattr(self.config, key, None) for key in keys}, sort_keys=True).encode())
+        digest.update(repr(self.dimensions).encode())
+        for name, tensor in self.model.state_dict().items():
+            flat = tensor.detach().flatten()
+            step = max(1, flat.numel() // 4096)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            # bfloat16, so that a model has one fingerprint on every device.
+            digest.update(flat[::step].to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """A hash of the tokenizer's vocabulary and rules: 32 hexadecimal digits."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _find_rotary(self) -> Rotary | None:
+        """Return how the model rotates, checked against its own code; None where it encodes no positions."""
+        module = getattr(self.model.base_model, "rotary_emb", None)
+        if module is None:
+            return None
+        frequencies = getattr(module, "inv_freq", None)
+        if frequencies is None:
+            raise ModelError(f"{self.name} rotates each kind of layer in its own way, which is not supported yet")
+        kind = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise ModelError(f"{self.name} uses {kind} RoPE, whose angles change with the length: not supported yet")
+        rotary = Rotary(frequencies, self.dimensions.window)
+        self._check_rotary(module, rotary)
+        return rotary
+
+    def _check_rotary(self, module: Any, rotary: Rotary) -> None:
+        """Refuse a model whose own rotation differs from ours (other pairing, other scaling)."""
+        apply = getattr(importlib.import_module(type(self.model).__module__), "apply_rotary_pos_emb", None)
+        if apply is None:
+            raise ModelError(f"{self.name} applies positions in a way that Longspan does not know")
+        x = torch.randn(1, 1, 8, self.dimensions.head_dim, generator=torch.Generator().manual_seed(0))
+        at = torch.tensor([[0, 1, 2, 3, 17, 100, 500, 1000]])
+        first = x.to(self.device)
+        cos, sin = module(first, position_ids=at.to(self.device))
+        zero_cos, zero_sin = module(first, position_ids=torch.zeros_like(at).to(self.device))
+        theirs = apply(first, first, cos, sin)[0].cpu()
+        ours = rotary(apply(first, first, zero_cos, zero_sin)[0].cpu(), at[0])
+        if not torch.allclose(ours, theirs, atol=2e-3):
+            raise ModelError(f"{self.name} rotates queries and keys in a way that Longspan does not know")
+
+
+def _dimensions(name: str, config: Any) -> Dimensions:
+    """Read the sizes from a configuration; refuse what no reader here serves."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ModelError(f"{name} mixes layers of the kinds {', '.join(sorted(kinds))}: not supported yet")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ModelError(f"{name} attends in sliding windows of its own: not supported yet")
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    window = getattr(config, "max_position_embeddings", None) or 2048
+    return Dimensions(config.num_hidden_layers, heads, kv_heads, head_dim, window)

@@ -1,0 +1,96 @@
+"""Choosing pages: how much attention the retrieval heads' queries put on each page, and which pages to read.
+
+For each head, every token of the question attends to all keys, unrotated, by softmax; the mass that falls on a page,
+summed over the question's tokens, is the head's vote for it. It does not know models or texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.kv.base import PAGE
+from longspan.retrieval.heads import Head
+
+_BLOCK = 1 << 18
+"""Keys scored together: bounds the working memory at any length of context."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A page that was chosen, its share of the vote, and who chose it."""
+
+    page: int
+    score: float
+    """Between 0 and 1: the share of the heads' attention (or of the lexical vote) that fell on it."""
+    by: str
+    """`heads`, `lexical` or `heads+lexical`."""
+
+
+def page_mass(queries: Mapping[Head, Tensor], keys: Mapping[Head, Tensor], *, sinks: int) -> Tensor:
+    """Return each head's attention mass on each page.
+
+    Args:
+        queries: each head's queries `[T, D]`, unrotated, float32, already multiplied by the scale of scores.
+        keys: each head's keys `[N, D]`, unrotated, any float type.
+        sinks: first keys that are left out.
+
+    Returns:
+        float32 `[heads, ceil(N / 64)]` on the CPU; a row sums to 1 (the mean over the question's tokens), or to 0
+        where there is no key.
+    """
+    return torch.stack([_one_head(q, keys[head], sinks) for head, q in queries.items()])
+
+
+def _one_head(q: Tensor, k: Tensor, sinks: int) -> Tensor:
+    length = k.shape[0]
+    pages = -(-length // PAGE)
+    if length <= sinks:
+        return torch.zeros(pages)
+    # Two passes, so that scores of all keys are never held at once.
+    total = torch.full((q.shape[0],), float("-inf"), device=q.device)
+    for start in range(0, length, _BLOCK):
+        total = torch.logaddexp(total, torch.logsumexp(_scores(q, k, start, sinks), 1))
+    mass = torch.zeros(pages * PAGE, device=q.device)
+    for start in range(0, length, _BLOCK):
+        block = torch.exp(_scores(q, k, start, sinks) - total.unsqueeze(1)).mean(0)
+        mass[start : start + block.numel()] = block
+    return mass.view(pages, PAGE).sum(1).cpu()
+
+
+def _scores(q: Tensor, k: Tensor, start: int, sinks: int) -> Tensor:
+    scores = q @ k[start : start + _BLOCK].to(q.dtype).T
+    if start < sinks:
+        scores[:, : sinks - start] = float("-inf")
+    return scores
+
+
+def choose_pages(mass: Tensor, count: int, lexical: Tensor | None = None, lexical_weight: float = 0.0) -> list[Choice]:
+    """Return the pages to read, best first.
+
+    Args:
+        mass: `[heads, P]`, each head's mass on each page.
+        count: how many pages; fewer are returned where fewer have any vote.
+        lexical: `[P]`, a lexical index's scores of the same pages, or None.
+        lexical_weight: weight of the lexical vote beside the heads'.
+    """
+    heads = mass.mean(0)
+    vote = heads.clone()
+    words = torch.zeros_like(heads)
+    if lexical is not None and float(lexical.sum()) > 0:
+        # The lexical vote is sharpened to a distribution over its best pages, so that both votes are shares.
+        words = torch.softmax(lexical.float(), 0).masked_fill(lexical <= 0, 0.0)
+        vote = (vote + lexical_weight * words) / (1 + lexical_weight)
+    order = torch.argsort(vote, descending=True, stable=True)[:count].tolist()
+    leading = set(torch.argsort(heads, descending=True, stable=True)[:count].tolist())
+    by_words = set(torch.argsort(words, descending=True, stable=True)[:count].tolist()) if words.any() else set()
+    chosen = []
+    for page in order:
+        if float(vote[page]) <= 0:
+            break
+        sources = [name for name, pages in (("heads", leading), ("lexical", by_words)) if page in pages]
+        chosen.append(Choice(page, float(vote[page]), "+".join(sources) or "heads+lexical"))
+    return chosen

@@ -1,0 +1,130 @@
+"""A session: documents, their tokens and where each stands in its text, the conversation, and what the model remembers.
+
+It does not know models: the engine above fills `tokens` and `memory`, and `store.py` keeps it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.errors import SessionCorruptError, UsageError
+from longspan.sessions.store import JSON, SavedSession
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of one document: `text` is exactly the document's `text[start:end]`."""
+
+    document: int
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SessionDocument:
+    """A document and the tokens `first .. last - 1` of the session that are its text."""
+
+    name: str
+    text: str
+    first: int
+    last: int
+
+
+@dataclass
+class Session:
+    """Documents and what was asked about them."""
+
+    name: str | None = None
+    """Under which it is saved; None: only in memory."""
+    documents: list[SessionDocument] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """All documents' tokens in order, with what separates documents."""
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    """For each token, its first character in its document and the one after its last; (-1, -1) for separators."""
+    turns: list[Turn] = field(default_factory=list)
+    memory: Any = None
+    """The engine's context, once something was read."""
+    head: int = 0
+    """Tokens of the chat template that stand before the documents in the context."""
+    saved_length: int = -1
+    """Length of the context when it was last saved or restored: what need not be written again."""
+
+    def add_document(
+        self, name: str, text: str, tokens: Sequence[int], offsets: Sequence[tuple[int, int]], separator: Sequence[int]
+    ) -> None:
+        """Append a document whose tokens begin at the given characters of its text."""
+        if len(tokens) != len(offsets):
+            raise UsageError(f"{len(tokens)} tokens but {len(offsets)} offsets")
+        if self.documents:
+            self.tokens.extend(separator)
+            self.offsets.extend([(-1, -1)] * len(separator))
+        first = len(self.tokens)
+        self.tokens.extend(tokens)
+        self.offsets.extend(offsets)
+        self.documents.append(SessionDocument(name, text, first, len(self.tokens)))
+
+    def has(self, name: str, text: str) -> bool:
+        """Return whether this very document was added already."""
+        return any(document.name == name and document.text == text for document in self.documents)
+
+    def passages(self, first: int, last: int) -> list[Passage]:
+        """Return the text of the tokens `first .. last - 1`, one passage a document that they touch."""
+        found = []
+        for i, document in enumerate(self.documents):
+            begin, stop = max(first, document.first), min(last, document.last)
+            if begin < stop:
+                start, end = self.offsets[begin][0], self.offsets[stop - 1][1]
+                if start < end:
+                    found.append(Passage(i, start, end, document.text[start:end]))
+        return found
+
+    def to_saved(self) -> tuple[dict[str, JSON], dict[str, Tensor], dict[str, str]]:
+        """Return what a store keeps of documents and conversation: state, tensors, texts."""
+        state: dict[str, JSON] = {
+            "documents": [{"name": d.name, "first": d.first, "last": d.last} for d in self.documents],
+            "turns": [{"question": t.question, "answer": t.answer} for t in self.turns],
+            "head": self.head,
+        }
+        tensors = {
+            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
+            "offsets": torch.tensor(self.offsets, dtype=torch.int64).view(-1, 2),
+        }
+        return state, tensors, {str(i): document.text for i, document in enumerate(self.documents)}
+
+    @classmethod
+    def from_saved(cls, saved: SavedSession) -> Session:
+        """Return the session that was saved, without its memory (SessionCorruptError if it does not fit together)."""
+        try:
+            state: Any = saved.state
+            stored = saved.tensors["documents"]
+            documents = [
+                SessionDocument(str(d["name"]), saved.texts[str(i)], int(d["first"]), int(d["last"]))
+                for i, d in enumerate(state["documents"])
+            ]
+            turns = [Turn(str(t["question"]), str(t["answer"])) for t in state["turns"]]
+            tokens: list[int] = stored["tokens"].tolist()
+            offsets = [(int(a), int(b)) for a, b in stored["offsets"].tolist()]
+            session = cls(saved.name, documents, tokens, offsets, turns, head=int(state["head"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SessionCorruptError(
+                f"session {saved.name!r} lacks {error}: remove it with `longspan session rm {saved.name}`"
+            ) from error
+        if len(tokens) != len(offsets) or any(d.last > len(tokens) for d in documents):
+            raise SessionCorruptError(
+                f"session {saved.name!r} does not fit together: remove it with `longspan session rm {saved.name}`"
+            )
+        return session
