@@ -249,6 +249,9 @@ def test_docx(tmp_path):
 def test_docx_that_does_not_open(tmp_path):
     whole = make_docx()
     assert "damaged" in refusal_of(tmp_path, whole[: len(whole) // 2], "a.docx")
+    future = whole.replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xff")  # a zip version yet to come
+    assert future != whole
+    assert "damaged" in refusal_of(tmp_path, future, "a.docx")
     assert "can't be parsed as DOCX" in refusal_of(tmp_path, make_zip(**{"word/document.xml": "<w"}), "b.docx")
 
 
@@ -473,7 +476,7 @@ def test_a_name_that_is_not_unicode(tmp_path):
     (document,) = read_documents([tmp_path]).documents
     assert document.name == str(tmp_path / "caf\ufffd.txt")
     with pytest.raises(DocumentError) as caught:
-        read_documents([os.fsdecode(path) + "\nsecond line"])
+        read_documents([os.fsdecode(path) + "\ud800\nsecond line"])
     assert str(caught.value).encode()
     assert "\n" not in str(caught.value)
 

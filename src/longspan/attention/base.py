@@ -82,7 +82,9 @@ class Mechanism(ABC):
     beyond_window: ClassVar[bool] = True
     """Whether positions stay within what the model was trained on, however long the context."""
     tile: ClassVar[int] = 256
-    """Queries that are read together."""
+    """Queries that are read together on a CPU."""
+    gpu_tile: ClassVar[int] = 512
+    """The same on a GPU, where launches cost more than memory."""
 
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
         """Attend causally from the last T positions of the context.
@@ -101,9 +103,10 @@ class Mechanism(ABC):
         hints = hints or Hints()
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         computed = q.to(_compute_dtype(q.dtype))
+        tile = self.gpu_tile if q.is_cuda else self.tile
         tiles = []
-        for start in range(0, queries, self.tile):
-            stop = min(start + self.tile, queries)
+        for start in range(0, queries, tile):
+            stop = min(start + tile, queries)
             routing = hints.routing_query
             part = dataclasses.replace(hints, routing_query=None if routing is None else routing[:, :, start:stop])
             tiles.append(self.attend_tile(computed[:, :, start:stop], kv, first + start, scale, part))
@@ -112,7 +115,7 @@ class Mechanism(ABC):
 
     @abstractmethod
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
-        """Attend from the positions `first .. first + T - 1`, T at most `tile`; returns `[B, Hq, T, Dv]`."""
+        """Attend from the positions `first .. first + T - 1`, T at most a tile; returns `[B, Hq, T, Dv]`."""
 
     @abstractmethod
     def cost(self, n: int, shape: Shape) -> Cost:

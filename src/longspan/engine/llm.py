@@ -76,7 +76,7 @@ class LLM:
             ModelError: the model can't be loaded or run.
             UsageError: no such device.
         """
-        chosen = None if attention in (None, _AUTO) else parse(attention)  # type: ignore[arg-type]
+        chosen = None if attention in (None, _AUTO) else parse(attention)
         if (count := settings.threads()) is not None:
             torch.set_num_threads(count)
         name = model or settings.default_model()
@@ -285,7 +285,10 @@ class LLM:
                 context.hints = Hints(chosen_pages=tuple(choice.page for choice in choices))
                 _, middle, tail = prompts.around_documents(self.model)
                 suffix = middle + self.model.tokens(question) + tail
-                yield from self._write(context, suffix, params, answer, started)
+                try:
+                    yield from self._write(context, suffix, params, answer, started)
+                finally:
+                    context.hints = Hints()
         if remember:
             session.turns.append(_turn(question, answer.text))
 

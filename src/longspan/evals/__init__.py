@@ -1,0 +1,1 @@
+"""What a model finds, and what it forgets: measured afterwards."""

@@ -25,7 +25,7 @@ from longspan.retrieval.heads import Head, RetrievalHeads
 Progress = Callable[[str, int, int], None]
 
 _CONTEXTS, _LENGTH, _CHUNK, _SINKS = 4, 4096, 512, 4
-_GOOD = 0.9
+_NEAR_BEST = 0.25
 _MOST = 3
 
 _PLACES = ("Oslo", "Lima", "Cairo", "Quito", "Delhi", "Hanoi", "Tunis", "Sofia", "Riga", "Accra", "Doha", "Perth")
@@ -79,8 +79,7 @@ def _select(rates: Tensor) -> RetrievalHeads:
         raise ModelError(
             f"no retrieval head was found: the best ranks {best:.0%} of facts first (use another attention)"
         )
-    bar = min(_GOOD, best)
-    good = [(int(layer), int(head)) for layer, head in (rates >= bar).nonzero()]
+    good = [(int(layer), int(head)) for layer, head in (rates >= best - _NEAR_BEST).nonzero()]
     good.sort(key=lambda at: (-float(rates[at]), at[0]))
     if len(good) > _MOST:
         # The cheapest layers that still hold as many good heads as are wanted.

@@ -170,7 +170,7 @@ class _Reader:
 
 def _shown(name: str) -> str:
     """Return the name as valid Unicode: bytes of it that are not UTF-8 could be neither printed nor saved."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def _status(path: Path) -> os.stat_result:
@@ -219,7 +219,7 @@ def _kind(data: bytes, suffix: str) -> str:
     if data.startswith(b"PK\x03\x04"):
         try:
             names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
+        except Exception as error:  # BadZipFile, but ValueError, NotImplementedError and others too
             raise _RefusedError("can't be unpacked: it is damaged or cut short; get it again") from error
         for part, kind in _ZIP_PARTS.items():
             if any(name.startswith(part) for name in names):
