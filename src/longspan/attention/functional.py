@@ -28,7 +28,7 @@ def attend(
 
     Args:
         q: queries `[B, Hq, T, D]` of the positions `N - T .. N - 1`.
-        k: keys `[B, Hkv, N, D]`; Hq is a multiple of Hkv. Where the model encodes positions, q and k carry them already.
+        k: keys `[B, Hkv, N, D]`; Hq is a multiple of Hkv. Positions, if any, are in q and k already.
         v: values `[B, Hkv, N, Dv]`.
         mechanism: a name of the registry, or a mechanism.
         scale: what scores are multiplied by; None: `1/sqrt(D)`.

@@ -33,6 +33,8 @@ class Retrieval(Mechanism):
     """Pages chosen for a question."""
     neighbours: int = 1
     """Pages read on each side of a chosen page."""
+    focus: int = 3
+    """Sentences of the chosen pages that are read again, the heads' best; 0: the pages whole."""
     window: int = 1024
     """Newest keys that a query sees, its own included."""
     sinks: int = 4
@@ -51,6 +53,7 @@ class Retrieval(Mechanism):
         """Refuse options out of range."""
         at_least("pages", self.pages, 1)
         at_least("neighbours", self.neighbours, 0)
+        at_least("focus", self.focus, 0)
         at_least("window", self.window, 1)
         at_least("sinks", self.sinks, 0)
         one_of("read", self.read, ("again", "place"))

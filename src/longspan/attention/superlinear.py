@@ -5,8 +5,8 @@ Superlinear Multi-Step Attention (arXiv 2601.18401). A query at t, with n = t + 
 - window: the keys `t - w + 1 .. t`;
 - anchors: `a_i = t - floor(i^(1/power)) + 1` for every integer i >= 1 with `0 <= a_i <= t - w`. `window` is rounded up
   to the next `floor(j^(1/power)) - 1`, so that the newest anchor touches it and no key falls between;
-- search: `s_i = q_s . k[a_i]`, unscaled, float32; the `spans` best a query head (ties: the newer anchor), where `q_s` is
-  the routing query if the model has one, else q;
+- search: `s_i = q_s . k[a_i]`, unscaled, float32; the `spans` best a query head (ties: the newer anchor), where
+  `q_s` is the routing query if the model has one, else q;
 - the span of anchor a: `max(0, a - ceil(backward n^span_power)) .. min(a + ceil(forward n^span_power), t - w)`.
 
 `gate="routed"` (the paper, for models trained so): `O_j = softmax(q K / sqrt(D))` over span j and the window jointly,

@@ -1,8 +1,8 @@
 """The window, and the few far keys that are read beside it: what streaming and retrieval share.
 
-The window of a query at t is the keys `t - window + 1 .. t`, at their true distances. Far keys are given by index; those
-older than the window are read as if they stood, in order, directly before it (positions counted inside the cache, as in
-StreamingLLM): with f far keys older than the window, the i-th stands at position i and the query at
+The window of a query at t is the keys `t - window + 1 .. t`, at their true distances. Far keys are given by index;
+those older than the window are read as if they stood, in order, directly before it (positions counted inside the cache,
+as in StreamingLLM): with f far keys older than the window, the i-th stands at position i and the query at
 `f + min(window, t + 1) - 1`. Where nothing lies between far keys and window these are the true positions.
 """
 

@@ -1,0 +1,1 @@
+"""The engine: a model, contexts it has read, questions and answers."""

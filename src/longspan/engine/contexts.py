@@ -21,7 +21,7 @@ from longspan.hf.attention import Enough
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.kv.pages import PagedKV, PagePool
-from longspan.retrieval.choose import page_mass
+from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
 
 CHUNK = 512
@@ -75,9 +75,9 @@ class Context(ABC):
 
     @abstractmethod
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
-        """Return the attention mass `[heads, pages]` that a question's tokens put on each page of the context.
+        """Return the attention mass `[heads, N]` that a question's tokens put on each token of the context.
 
-        The question is read after the context and taken back. A page of which nothing is held has mass 0.
+        The question is read after the context and taken back. A token of which nothing is held has mass 0.
         """
 
     @abstractmethod
@@ -129,8 +129,8 @@ class KVContext(Context):
         start, stop = self.mechanism.dropped(before)
         first = -(-stop // PAGE) * PAGE if stop > start else 0
         keys = {head: self.layers[head[0]].keys(first, before)[0, _kv_head(self.model, head)] for head in heads.heads}
-        found = page_mass(asked.queries, keys, sinks=heads.sinks if first == 0 else 0)
-        return torch.nn.functional.pad(found, (first // PAGE, 0))
+        found = token_mass(asked.queries, keys, sinks=heads.sinks if first == 0 else 0)
+        return torch.nn.functional.pad(found, (first, 0))
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Context`."""
@@ -186,7 +186,7 @@ class IndexContext(Context):
         keys = {
             head: self.index[self.slots.index((head[0], _kv_head(self.model, head))), :before] for head in heads.heads
         }
-        return page_mass(reader.queries, keys, sinks=heads.sinks)
+        return token_mass(reader.queries, keys, sinks=heads.sinks)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Not to be had: upper layers are never run, so there are no logits."""

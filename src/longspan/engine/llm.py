@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import torch
@@ -21,20 +21,19 @@ from longspan import settings
 from longspan.attention import Hints, Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
 from longspan.engine import prompts, saving
+from longspan.engine.choosing import Chooser, Chosen
 from longspan.engine.contexts import Context, IndexContext, KVContext
-from longspan.engine.generation import Answer, Citation, Generation, Stats, decode
+from longspan.engine.generation import Answer, Generation, Stats, decode
 from longspan.engine.sampler import SamplingParams
-from longspan.errors import Cancelled, ContextTooLongError, UsageError
+from longspan.errors import Cancelled, ContextTooLongError, ModelError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.retrieval import heads as heads_store
 from longspan.retrieval.calibrate import calibrate
-from longspan.retrieval.choose import Choice, choose_pages
 from longspan.retrieval.documents import Reading, read_documents
 from longspan.retrieval.heads import RetrievalHeads
-from longspan.retrieval.lexical import LexicalIndex
-from longspan.sessions.session import Session
+from longspan.sessions.session import Session, Turn
 from longspan.sessions.store import SessionStore
 
 Progress = Callable[[str, int, int], None]
@@ -43,8 +42,6 @@ Progress = Callable[[str, int, int], None]
 _AUTO = "auto"
 _ANSWER_ROOM = 256
 _CITED = 4
-LEXICAL_WEIGHT = 0.25
-"""Weight of the lexical vote beside the retrieval heads'; see docs/experiments.md."""
 
 
 class LLM:
@@ -85,7 +82,7 @@ class LLM:
         self.store = store or SessionStore()
         self._say = say
         self._heads: RetrievalHeads | None = None
-        self._lexical: tuple[tuple[int, int, int], LexicalIndex] | None = None
+        self._chooser = Chooser(self.model)
 
     # --- sessions ---------------------------------------------------------------------------------------------
 
@@ -231,24 +228,26 @@ class LLM:
         session = session if session is not None else Session()
         params = params or SamplingParams(**sampling)
         self._check_question(question)
-        mechanism = self.mechanism_for(session) if session.documents else self.attention or make("dense")
-        if isinstance(mechanism, Retrieval) and not session.documents:
-            mechanism = make("dense")
+        mechanism = self.mechanism_for(session) if session.documents else self._without_documents()
         answer = Answer("", [], Stats(), "", mechanism.describe(), self.model.name)
         return Generation(answer, self._answer(question, session, params, answer, progress, remember, started))
 
-    def choose(self, question: str, session: Session, count: int = _CITED) -> list[Choice]:
-        """Return the pages of a session's context that matter most for a question, best first."""
-        context: Context = session.memory
-        tokens = prompts.search_question(self.model, question)
-        mass = context.mass(tokens, self.heads())
-        lexical = None
-        if not isinstance(context.mechanism, Retrieval) or context.mechanism.lexical:
-            scores = torch.from_numpy(self._index(session).scores(question))
-            lexical = torch.where(mass.sum(0) > 0, scores, torch.zeros_like(scores))
-        # Pages of the template alone are nobody's passage.
-        mass[:, : session.head // PAGE] = 0
-        return choose_pages(mass, count, lexical, LEXICAL_WEIGHT)
+    def choose(self, question: str, session: Session) -> Chosen:
+        """Return what of a session's documents matters for a question: pages, citations and sentences, best first.
+
+        The session must have been read (`prefill`).
+        """
+        mechanism = context_mechanism(session.memory)
+        if isinstance(mechanism, Retrieval):
+            count, reach, lexical = mechanism.pages, mechanism.neighbours, mechanism.lexical
+            heads: RetrievalHeads | None = self.heads()
+        else:
+            count, reach, lexical = _CITED, 1, True
+            try:
+                heads = self.heads()
+            except ModelError:
+                heads = None  # citations are then chosen by words alone, and say so
+        return self._chooser.choose(question, session, heads, count=count, reach=reach, lexical=lexical)
 
     def _answer(
         self,
@@ -260,40 +259,38 @@ class LLM:
         remember: bool,
         started: float,
     ) -> Iterator[str]:
-        stats = answer.stats
         if not session.documents:
-            prompt = self._fitting([prompts.plain(self.model, question, turns) for turns in _shorter(session.turns)])
-            scratch = KVContext(self.model, self.attention_without_documents())
-            yield from self._write(scratch, prompt, params, answer, started)
+            prompt = self._fitting(prompts.plain(self.model, question, turns) for turns in _shorter(session.turns))
+            yield from self._write(KVContext(self.model, self._without_documents()), prompt, params, answer, started)
         else:
-            read = self.prefill(session, progress)
-            stats.cached_tokens = read.cached_tokens
+            answer.stats.cached_tokens = self.prefill(session, progress).cached_tokens
             context: Context = session.memory
-            mechanism = context_mechanism(context)
-            count = mechanism.pages if isinstance(mechanism, Retrieval) else _CITED
-            choices = self.choose(question, session, count)
-            reach = mechanism.neighbours if isinstance(mechanism, Retrieval) else 0
-            answer.citations = self._cite(session, choices, reach)
-            stats.prompt_tokens = context.length
+            chosen = self.choose(question, session)
+            answer.citations = chosen.citations
             if isinstance(context, IndexContext):
-                prompt = self._prompt_over(session, choices, reach, question)
+                prompt = self._reading_again(session, chosen, question)
                 scratch = KVContext(self.model, make("dense"))
-                stats.prompt_tokens += len(prompts.search_question(self.model, question))
-                yield from self._write(scratch, prompt, params, answer, started)
+                yield from self._write(scratch, prompt, params, answer, started, context.length)
             else:
                 assert isinstance(context, KVContext), "a context is an index or a KV context"
-                context.hints = Hints(chosen_pages=tuple(choice.page for choice in choices))
                 _, middle, tail = prompts.around_documents(self.model)
-                suffix = middle + self.model.tokens(question) + tail
+                context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
                 try:
-                    yield from self._write(context, suffix, params, answer, started)
+                    suffix = middle + self.model.tokens(question) + tail
+                    yield from self._write(context, suffix, params, answer, started, context.length)
                 finally:
                     context.hints = Hints()
         if remember:
-            session.turns.append(_turn(question, answer.text))
+            session.turns.append(Turn(question, answer.text.strip()))
 
     def _write(
-        self, context: KVContext, prompt: list[int], params: SamplingParams, answer: Answer, started: float
+        self,
+        context: KVContext,
+        prompt: list[int],
+        params: SamplingParams,
+        answer: Answer,
+        started: float,
+        remembered: int = 0,
     ) -> Iterator[str]:
         """Read a prompt after a context, write the answer, and take both back."""
         before, stats = context.length, answer.stats
@@ -305,14 +302,14 @@ class LLM:
         try:
             logits = context.step(prompt)
             stats.read_tokens, stats.read_seconds = len(prompt), time.perf_counter() - started
-            stats.prompt_tokens = max(stats.prompt_tokens, before) + (len(prompt) if before else 0) or len(prompt)
+            stats.prompt_tokens = remembered + len(prompt)
             yield from decode(self.model, logits, context.step, params, answer, started, room)
         finally:
             context.truncate(before)
 
     # --- parts ------------------------------------------------------------------------------------------------
 
-    def attention_without_documents(self) -> Mechanism:
+    def _without_documents(self) -> Mechanism:
         """Return the mechanism for a conversation without documents: retrieval has nothing to choose from there."""
         named = self.attention
         return make("dense") if named is None or isinstance(named, Retrieval) else named
@@ -339,76 +336,32 @@ class LLM:
             return session.tokens
         return prompts.around_documents(self.model)[0] + session.tokens
 
-    def _index(self, session: Session) -> LexicalIndex:
-        """Return the lexical index over the pages of the session's context."""
-        length = session.memory.length
-        key = (id(session), length, len(session.documents))
-        if self._lexical is None or self._lexical[0] != key:
-            pages = []
-            for start in range(0, length, PAGE):
-                found = session.passages(start - session.head, min(start + PAGE, length) - session.head)
-                pages.append(" ".join(passage.text for passage in found))
-            self._lexical = (key, LexicalIndex(pages))
-        return self._lexical[1]
+    def _reading_again(self, session: Session, chosen: Chosen, question: str) -> list[int]:
+        """Return the prompt that reads what was chosen again, as much of it as fits the window."""
+        mechanism = context_mechanism(session.memory)
+        focus = mechanism.focus if isinstance(mechanism, Retrieval) else 0
+        if focus:
+            best = [session.documents[s.document].text[s.start : s.end] for s in chosen.sentences[:focus]]
+        else:
+            best = [citation.text for citation in chosen.citations]
+        recent = session.turns[-2:]
 
-    def _cite(self, session: Session, choices: Sequence[Choice], reach: int) -> list[Citation]:
-        """Return the passages of the chosen pages, best first; pages within reach of a better one are its passage."""
-        citations: list[Citation] = []
-        covered: set[int] = set()
-        for choice in choices:
-            if choice.page in covered:
-                continue
-            pages = range(choice.page - reach, choice.page + reach + 1)
-            covered.update(pages)
-            for passage in self._pages_text(session, pages.start, pages.stop):
-                citations.append(
-                    Citation(
-                        session.documents[passage.document].name,
-                        passage.start,
-                        passage.end,
-                        passage.text,
-                        round(choice.score, 4),
-                        choice.by,
-                    )
-                )
-        return citations
+        def options() -> Iterator[list[int]]:
+            # The best is read last, next to the question.
+            for count in range(len(best), 0, -1):
+                for turns in _shorter(recent):
+                    yield prompts.over_passages(self.model, best[:count][::-1], question, turns)
+            yield prompts.plain(self.model, question, [])
 
-    def _prompt_over(self, session: Session, choices: Sequence[Choice], reach: int, question: str) -> list[int]:
-        """Return the prompt that reads the chosen pages again, in the text's order, as many as fit the window."""
-        options = []
-        for count in range(len(choices), 0, -1):
-            wanted = sorted({page for c in choices[:count] for page in range(c.page - reach, c.page + reach + 1)})
-            passages = [
-                passage.text for first, last in _runs(wanted) for passage in self._pages_text(session, first, last + 1)
-            ]
-            for turns in _shorter(session.turns[-2:]):
-                options.append((passages, turns))
-        return self._fitting(
-            [
-                prompts.over_passages(self.model, passages, question, turns, len(turns))
-                for passages, turns in options[:1]
-            ]
-            or [prompts.plain(self.model, question, [])],
-            lambda: [prompts.over_passages(self.model, p, question, t, len(t)) for p, t in options[1:]],
-        )
+        return self._fitting(options())
 
-    def _pages_text(self, session: Session, first: int, last: int) -> Any:
-        """Return the passages of the pages `first .. last - 1` of the session's context."""
-        limit = session.memory.length
-        return session.passages(max(0, first * PAGE) - session.head, min(last * PAGE, limit) - session.head)
-
-    def _fitting(
-        self, prompts_by_choice: list[list[int]], more: Callable[[], list[list[int]]] = lambda: []
-    ) -> list[int]:
+    def _fitting(self, options: Iterable[list[int]]) -> list[int]:
         """Return the first prompt that leaves room for an answer."""
-        limit = self.model.dimensions.window - 1
-        for prompt in prompts_by_choice:
-            if len(prompt) <= limit:
+        window = self.model.dimensions.window
+        for prompt in options:
+            if len(prompt) + min(_ANSWER_ROOM, window // 4) <= window:
                 return prompt
-        for prompt in more():
-            if len(prompt) <= limit:
-                return prompt
-        raise ContextTooLongError(f"the question does not fit the model's window of {limit + 1} tokens: shorten it")
+        raise ContextTooLongError(f"the question does not fit the model's window of {window} tokens: shorten it")
 
     def _check_question(self, question: str) -> None:
         count, window = len(self.model.tokens(question)), self.model.dimensions.window
@@ -424,26 +377,7 @@ def context_mechanism(context: Context) -> Mechanism:
     return context.wanted if isinstance(context, IndexContext) else context.mechanism
 
 
-def _turn(question: str, text: str) -> Any:
-    from longspan.sessions.session import Turn
-
-    return Turn(question, text.strip())
-
-
-def _shorter(turns: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def _shorter(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
     """Yield the conversation, then without its oldest turn, and so on to none."""
     for start in range(len(turns) + 1):
         yield turns[start:]
-
-
-def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last page of each run of neighbouring pages."""
-    start = previous = None
-    for page in pages:
-        if start is None or previous is None or page != previous + 1:
-            if start is not None and previous is not None:
-                yield start, previous
-            start = page
-        previous = page
-    if start is not None and previous is not None:
-        yield start, previous

@@ -24,20 +24,17 @@ def search_question(model: CausalModel, question: str) -> list[int]:
     return model.tokens(f"\n\nQuestion: {question}\nAnswer:")
 
 
-def over_passages(
-    model: CausalModel, passages: Sequence[str], question: str, turns: Sequence[Turn], earlier: int
-) -> list[int]:
+def over_passages(model: CausalModel, passages: Sequence[str], question: str, turns: Sequence[Turn]) -> list[int]:
     """Return the prompt that reads chosen passages again.
 
     Args:
         model: for its chat template.
         passages: in the order in which they are read.
         question: the user's question.
-        turns: the conversation so far.
-        earlier: how many of the last turns are repeated.
+        turns: those of the conversation that are repeated.
     """
     messages = [{"role": "system", "content": SYSTEM}]
-    for turn in turns[len(turns) - earlier :]:
+    for turn in turns:
         messages.append({"role": "user", "content": turn.question})
         messages.append({"role": "assistant", "content": turn.answer})
     messages.append({"role": "user", "content": _BEFORE + _GAP.join(passages) + _AFTER + question})

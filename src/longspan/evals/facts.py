@@ -13,61 +13,33 @@ from dataclasses import dataclass
 
 KINDS = ("single", "multikey", "paraphrase", "twofact")
 
-_CITIES = [
-    "Bergen",
-    "Malmo",
-    "Tampa",
-    "Boise",
-    "Dakar",
-    "Lagos",
-    "Minsk",
-    "Vilnius",
-    "Zagreb",
-    "Seoul",
-    "Osaka",
-    "Davao",
-    "Bogota",
-    "Medan",
-    "Haifa",
-    "Basel",
-    "Turin",
-    "Lyon",
-    "Porto",
-    "Kyoto",
-    "Leeds",
-    "Genoa",
-    "Split",
-    "Varna",
-]
-_NAMES = [
-    "Amelia",
-    "Boris",
-    "Carmen",
-    "Dmitri",
-    "Esther",
-    "Farid",
-    "Greta",
-    "Hassan",
-    "Ingrid",
-    "Jonas",
-    "Keiko",
-    "Leila",
-    "Marta",
-    "Nikolai",
-    "Omar",
-    "Petra",
-    "Quentin",
-    "Rosa",
-    "Stefan",
-    "Tamara",
-    "Ursula",
-    "Viktor",
-    "Wanda",
-    "Yusuf",
-]
-_DISHES = ["lasagna", "goulash", "paella", "ramen", "moussaka", "pierogi", "ceviche", "couscous", "risotto", "borscht"]
-_ANIMALS = ["otter", "falcon", "lynx", "badger", "heron", "tortoise", "gecko", "raven", "walrus", "hedgehog"]
-_COLOURS = ["purple", "orange", "turquoise", "crimson", "silver", "yellow", "brown", "white"]
+_CITIES = tuple(
+    """
+    Bergen Malmo Tampa Boise Dakar Lagos Minsk Vilnius Zagreb Seoul Osaka Davao Bogota Medan Haifa
+    Basel Turin Lyon Porto Kyoto Leeds Genoa Split Varna
+    """.split()
+)
+_NAMES = tuple(
+    """
+    Amelia Boris Carmen Dmitri Esther Farid Greta Hassan Ingrid Jonas Keiko Leila Marta Nikolai
+    Omar Petra Quentin Rosa Stefan Tamara Ursula Viktor Wanda Yusuf
+    """.split()
+)
+_DISHES = tuple(
+    """
+    lasagna goulash paella ramen moussaka pierogi ceviche couscous risotto borscht
+    """.split()
+)
+_ANIMALS = tuple(
+    """
+    otter falcon lynx badger heron tortoise gecko raven walrus hedgehog
+    """.split()
+)
+_COLOURS = tuple(
+    """
+    purple orange turquoise crimson silver yellow brown white
+    """.split()
+)
 
 # (fact, question, the question in other words). {c} city, {n} name, {d} dish, {a} animal, {o} colour, {x} number;
 # the answer is the word that the question leaves out.

@@ -87,7 +87,7 @@ def ask_all(
     """Yield each question with its answer and the pages that were chosen, best first."""
     for question in haystack.questions:
         answer = llm.ask(question.text, session, max_tokens=tokens)
-        yield question, answer, [choice.page for choice in llm.choose(question.text, session)]
+        yield question, answer, [choice.page for choice in llm.choose(question.text, session).pages]
 
 
 def run(
@@ -122,9 +122,8 @@ def run(
             )
             right += row.right
             rows.append(row)
-        say(
-            f"{llm.attention or 'auto'} {kind} {length}: haystack {i}: {right}/{len(haystack.questions)}, read in {seconds:.1f} s"
-        )
+        spec = llm.attention.describe() if llm.attention else "auto"
+        say(f"{spec} {kind} {length}: haystack {i}: {right}/{len(haystack.questions)}, read in {seconds:.1f} s")
     return rows
 
 

@@ -1,8 +1,8 @@
 """Finding a model's retrieval heads, in a minute, from text that every Python has.
 
-Facts are put into stretches of the language reference, and the model is asked for each; a head is a retrieval head if the
-page with the fact gets the largest share of its attention. Of the heads that find nearly everything, those in the
-lower layers are taken: layers above the highest of them need never run while a context is being read.
+Facts are put into stretches of the language reference, and the model is asked for each; a head is a retrieval head
+if the page with the fact gets the largest share of its attention. Of the heads that find nearly everything, those in
+the lower layers are taken: layers above the highest of them need never run while a context is being read.
 It does not know where calibrations are stored: see `heads.py`.
 """
 
@@ -19,7 +19,7 @@ from longspan.errors import ModelError
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.kv.pages import PagedKV, PagePool
-from longspan.retrieval.choose import page_mass
+from longspan.retrieval.choose import page_mass, token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
 
 Progress = Callable[[str, int, int], None]
@@ -130,7 +130,7 @@ def _finders(model: CausalModel, reader: _Everything, question: str, pages: set[
     for layer, kv in enumerate(reader.layers):
         keys = kv.keys(0, length)[0]
         heads: dict[Head, Tensor] = {(layer, h): reader.queries[layer][h] for h in range(sizes.query_heads)}
-        mass = page_mass(heads, {at: keys[at[1] // group] for at in heads}, sinks=_SINKS)
+        mass = page_mass(token_mass(heads, {at: keys[at[1] // group] for at in heads}, sinks=_SINKS))
         found[layer] = torch.tensor([int(best) in pages for best in mass.argmax(1)])
     return found
 

@@ -30,8 +30,8 @@ class Choice:
     """`heads`, `lexical` or `heads+lexical`."""
 
 
-def page_mass(queries: Mapping[Head, Tensor], keys: Mapping[Head, Tensor], *, sinks: int) -> Tensor:
-    """Return each head's attention mass on each page.
+def token_mass(queries: Mapping[Head, Tensor], keys: Mapping[Head, Tensor], *, sinks: int) -> Tensor:
+    """Return each head's attention mass on each token.
 
     Args:
         queries: each head's queries `[T, D]`, unrotated, float32, already multiplied by the scale of scores.
@@ -39,26 +39,30 @@ def page_mass(queries: Mapping[Head, Tensor], keys: Mapping[Head, Tensor], *, si
         sinks: first keys that are left out.
 
     Returns:
-        float32 `[heads, ceil(N / 64)]` on the CPU; a row sums to 1 (the mean over the question's tokens), or to 0
-        where there is no key.
+        float32 `[heads, N]` on the CPU, the mean over the question's tokens: a row sums to 1, or to 0 where no key is
+        left.
     """
     return torch.stack([_one_head(q, keys[head], sinks) for head, q in queries.items()])
 
 
+def page_mass(mass: Tensor) -> Tensor:
+    """Return the mass `[heads, ceil(N / 64)]` of each page, given that of each token `[heads, N]`."""
+    pages = -(-mass.shape[1] // PAGE)
+    return torch.nn.functional.pad(mass, (0, pages * PAGE - mass.shape[1])).view(mass.shape[0], pages, PAGE).sum(2)
+
+
 def _one_head(q: Tensor, k: Tensor, sinks: int) -> Tensor:
     length = k.shape[0]
-    pages = -(-length // PAGE)
     if length <= sinks:
-        return torch.zeros(pages)
+        return torch.zeros(length)
     # Two passes, so that scores of all keys are never held at once.
     total = torch.full((q.shape[0],), float("-inf"), device=q.device)
     for start in range(0, length, _BLOCK):
         total = torch.logaddexp(total, torch.logsumexp(_scores(q, k, start, sinks), 1))
-    mass = torch.zeros(pages * PAGE, device=q.device)
-    for start in range(0, length, _BLOCK):
-        block = torch.exp(_scores(q, k, start, sinks) - total.unsqueeze(1)).mean(0)
-        mass[start : start + block.numel()] = block
-    return mass.view(pages, PAGE).sum(1).cpu()
+    blocks = [
+        torch.exp(_scores(q, k, start, sinks) - total.unsqueeze(1)).mean(0).cpu() for start in range(0, length, _BLOCK)
+    ]
+    return torch.cat(blocks)
 
 
 def _scores(q: Tensor, k: Tensor, start: int, sinks: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Durable contexts: what a session holds, and how it is kept on disk."""

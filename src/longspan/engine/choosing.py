@@ -1,0 +1,121 @@
+"""What of a session's documents matters for a question: pages, passages to cite, sentences to read again.
+
+The model's retrieval heads vote for pages by their attention; a lexical index over the same pages votes too, with a
+small weight. It does not answer, and it does not know how chosen text is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.engine import prompts
+from longspan.engine.contexts import Context
+from longspan.engine.generation import Citation
+from longspan.hf.model import CausalModel
+from longspan.kv.base import PAGE
+from longspan.retrieval import sentences
+from longspan.retrieval.choose import Choice, choose_pages, page_mass
+from longspan.retrieval.heads import RetrievalHeads
+from longspan.retrieval.lexical import LexicalIndex
+from longspan.retrieval.sentences import Sentence
+from longspan.sessions.session import Passage, Session
+
+LEXICAL_WEIGHT = 0.1
+"""Weight of the lexical vote beside the retrieval heads'; see docs/experiments.md."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What matters for a question, each list best first."""
+
+    pages: list[Choice]
+    citations: list[Citation]
+    sentences: list[Sentence]
+
+
+class Chooser:
+    """Chooses from sessions read by one model; keeps the lexical index of the session asked last."""
+
+    def __init__(self, model: CausalModel) -> None:
+        """Take the model that asks."""
+        self.model = model
+        self._index: tuple[tuple[int, int, int], LexicalIndex] | None = None
+
+    def choose(
+        self, question: str, session: Session, heads: RetrievalHeads | None, *, count: int, reach: int, lexical: bool
+    ) -> Chosen:
+        """Choose pages of a session that was read.
+
+        Args:
+            question: the user's question.
+            session: with its memory.
+            heads: the model's retrieval heads; None: the lexical index chooses alone.
+            count: pages to choose.
+            reach: neighbours on each side of a page that belong to its passage.
+            lexical: whether the lexical index votes beside the heads.
+        """
+        context: Context = session.memory
+        if heads is None:
+            mass = torch.zeros(1, context.length)
+        else:
+            mass = context.mass(prompts.search_question(self.model, question), heads)
+        # Tokens of the template are nobody's passage.
+        mass[:, : session.head] = 0
+        votes, words = page_mass(mass), None
+        if lexical or heads is None:
+            words = torch.from_numpy(self._lexical(session).scores(question))
+            if heads is not None:
+                # A page that the context dropped can't be read: words alone must not choose it.
+                words = torch.where(votes.sum(0) > 0, words, torch.zeros_like(words))
+        pages = choose_pages(votes, count, words, LEXICAL_WEIGHT)
+        citations, passages = self._cite(session, pages, reach)
+        return Chosen(pages, citations, self._sentences(session, mass.mean(0), passages))
+
+    def pages_text(self, session: Session, first: int, last: int) -> list[Passage]:
+        """Return the passages of the pages `first .. last - 1` of a session's context."""
+        stop = min(last * PAGE, session.memory.length)
+        return session.passages(max(0, first * PAGE) - session.head, stop - session.head)
+
+    def _cite(self, session: Session, pages: list[Choice], reach: int) -> tuple[list[Citation], list[Passage]]:
+        """Return the passages of the chosen pages; a page within a better one's passage is part of it."""
+        citations: list[Citation] = []
+        passages: list[Passage] = []
+        covered: set[int] = set()
+        for choice in pages:
+            if choice.page in covered:
+                continue
+            # What a better passage holds already is not told twice.
+            around = [p for p in range(max(0, choice.page - reach), choice.page + reach + 1) if p not in covered]
+            covered.update(around)
+            for passage in self.pages_text(session, around[0], around[-1] + 1):
+                passages.append(passage)
+                name = session.documents[passage.document].name
+                score = round(choice.score, 4)
+                citations.append(Citation(name, passage.start, passage.end, passage.text, score, choice.by))
+        return citations, passages
+
+    def _sentences(self, session: Session, mass: Tensor, passages: list[Passage]) -> list[Sentence]:
+        """Return the sentences that the passages touch, by the attention that fell on them."""
+        found: dict[tuple[int, int], Sentence] = {}
+        for passage in passages:
+            document = session.documents[passage.document]
+            own = mass[session.head + document.first : session.head + document.last]
+            spans = sentences.split(document.text, passage.start, passage.end)
+            for sentence in sentences.rank(own, session.offsets, document.first, passage.document, spans):
+                found[sentence.document, sentence.start] = sentence
+        return sorted(found.values(), key=lambda sentence: -sentence.mass)
+
+    def _lexical(self, session: Session) -> LexicalIndex:
+        """Return the lexical index over the pages of the session's context."""
+        length = session.memory.length
+        key = (id(session), length, len(session.documents))
+        if self._index is None or self._index[0] != key:
+            pages = [
+                " ".join(passage.text for passage in self.pages_text(session, page, page + 1))
+                for page in range(-(-length // PAGE))
+            ]
+            self._index = (key, LexicalIndex(pages))
+        return self._index[1]
