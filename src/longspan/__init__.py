@@ -3,8 +3,8 @@
     from longspan import LLM
     llm = LLM("smollm2")
     session = llm.session("report")
-    session.read(["report.pdf"])
-    print(llm.ask("Who signed it?", session).answer)
+    llm.read(session, ["report.pdf"])
+    print(llm.ask("Who signed it?", session).text)
 
 The public names are those of `__all__`; everything else may change without notice. They load on first use, so that
 importing the package, and with it the command line, stays fast.

@@ -5,7 +5,8 @@
 | `LONGSPAN_CACHE` | folder for models and calibrations | `$XDG_CACHE_HOME/longspan`, else the platform's cache folder |
 | `LONGSPAN_SESSIONS` | folder for saved sessions | `$XDG_DATA_HOME/longspan/sessions`, else the platform's |
 | `LONGSPAN_MODEL` | model used where none is named | `smollm2` |
-| `LONGSPAN_THREADS` | CPU threads for torch | torch's own choice |
+| `LONGSPAN_THREADS` | CPU threads for torch: one fewer where other work keeps a core busy | torch's own choice |
+| `LONGSPAN_DEBUG` | `1`: the command line shows a traceback where it would say `internal error` | unset |
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Mechanism(ABC):
     """Whether positions stay within what the model was trained on, however long the context."""
     tile: ClassVar[int] = 256
     """Queries that are read together on a CPU."""
-    gpu_tile: ClassVar[int] = 512
+    gpu_tile: ClassVar[int] = 2048
     """The same on a GPU, where launches cost more than memory."""
 
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:

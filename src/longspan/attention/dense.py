@@ -30,6 +30,7 @@ class Dense(Mechanism):
     exact: ClassVar[bool] = True
     decode_order: ClassVar[str] = "n"
     beyond_window: ClassVar[bool] = False
+    gpu_tile: ClassVar[int] = 512
 
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""

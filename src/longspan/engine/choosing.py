@@ -88,9 +88,13 @@ class Chooser:
             if choice.page in covered:
                 continue
             # What a better passage holds already is not told twice.
-            around = [p for p in range(max(0, choice.page - reach), choice.page + reach + 1) if p not in covered]
-            covered.update(around)
-            for passage in self.pages_text(session, around[0], around[-1] + 1):
+            first = last = choice.page
+            while first > max(0, choice.page - reach) and first - 1 not in covered:
+                first -= 1
+            while last < choice.page + reach and last + 1 not in covered:
+                last += 1
+            covered.update(range(first, last + 1))
+            for passage in self.pages_text(session, first, last + 1):
                 passages.append(passage)
                 name = session.documents[passage.document].name
                 score = round(choice.score, 4)

@@ -24,8 +24,9 @@ from longspan.kv.pages import PagedKV, PagePool
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
 
-CHUNK = 512
-"""Tokens that run through the layers together: working memory is constant in the length of the context."""
+CHUNK, GPU_CHUNK = 512, 2048
+"""Tokens that run through the layers together, on a CPU and on a GPU: working memory is constant in the length of the
+context."""
 
 Tick = Callable[[int], None]
 """Told how many tokens were just read."""
@@ -45,14 +46,20 @@ class Context(ABC):
         return len(self.tokens)
 
     @property
+    def chunk(self) -> int:
+        """Tokens that run through the layers together."""
+        return GPU_CHUNK if self.model.device.type == "cuda" else CHUNK
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes kept for the tokens read."""
 
     def extend(self, tokens: Sequence[int], tick: Tick = lambda _: None) -> None:
         """Read more tokens for good, in chunks; what the mechanism will never read again is dropped."""
-        for start in range(0, len(tokens), CHUNK):
-            chunk = list(tokens[start : start + CHUNK])
+        size = self.chunk
+        for start in range(0, len(tokens), size):
+            chunk = list(tokens[start : start + size])
             self._add(chunk, logits=False)
             self._drop()
             tick(len(chunk))
@@ -60,8 +67,8 @@ class Context(ABC):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read tokens that may be taken back (`truncate`) and return float32 logits `[V]` for the next one."""
         out: Tensor | None = None
-        for start in range(0, len(tokens), CHUNK):
-            stop = start + CHUNK
+        for start in range(0, len(tokens), self.chunk):
+            stop = start + self.chunk
             out = self._add(list(tokens[start:stop]), logits=stop >= len(tokens))
         assert out is not None, "step() needs at least one token"
         return out

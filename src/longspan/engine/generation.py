@@ -67,6 +67,8 @@ class Answer:
     """`stop`: the model ended it, or a stop string did; `length`: max_tokens; `cancelled`."""
     attention: str
     model: str
+    pages: list[int] = field(default_factory=list)
+    """Pages of the context that were chosen, best first."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: how pages were chosen, what was left out."""
 

@@ -100,14 +100,14 @@ class LLM:
             return Session(name)
         saved = self.store.load(name, saving.identity(self.model, self._attention_name()))
         session = Session.from_saved(saved)
-        saving.restore_memory(session, saved, self._context)
+        saving.restore_memory(session, saved, self.new_context)
         return session
 
     def save(self, session: Session) -> None:
         """Save a session that has a name (SaveError: nothing that was saved before is lost)."""
         if session.name is None:
             raise UsageError("a session without a name can't be saved: call llm.session(NAME)")
-        saving.save(self.store, session, saving.identity(self.model, self._attention_name()))
+        saving.save(self.store, session, saving.identity(self.model, self._attention_name()), self.model.name)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -131,8 +131,8 @@ class LLM:
         return reading
 
     def add_text(self, session: Session, text: str, name: str = "text") -> None:
-        """Add a text to a session without prefilling it yet; one that it holds already is left out."""
-        if session.has(name, text):
+        """Add a text to a session without prefilling it yet; one that it holds already, by any name, is left out."""
+        if session.has(text):
             return
         tokens, offsets = self.model.tokens_with_offsets(text)
         session.add_document(name, text, tokens, offsets, prompts.separator(self.model, name))
@@ -144,27 +144,25 @@ class LLM:
             Cancelled: Ctrl-C; the chunks read so far stay, and another call goes on from there.
         """
         stats = Stats()
-        mechanism = self.mechanism_for(session)
-        context = self._memory(session, mechanism, progress)
-        wanted = self._context_tokens(session, context)
-        stats.cached_tokens = context.length
-        rest = wanted[context.length :]
-        done = context.length
+        done = wanted = 0
         started = time.perf_counter()
 
         def tick(count: int) -> None:
             nonlocal done
             done += count
             stats.read_tokens += count
-            if progress:
-                progress("reading", done, len(wanted))
+            if progress and count:
+                progress("reading", done, wanted)
 
-        if progress and rest:
-            progress("reading", done, len(wanted))
         try:
-            context.extend(rest, tick)
+            context = self._memory(session, self.mechanism_for(session), progress)
+            tokens = self._context_tokens(session, context)
+            done, wanted = context.length, len(tokens)
+            stats.cached_tokens = context.length
+            started = time.perf_counter()
+            context.extend(tokens[context.length :], tick)
         except KeyboardInterrupt as error:
-            raise Cancelled(f"stopped after {done} of {len(wanted)} tokens: what was read is kept") from error
+            raise Cancelled(f"stopped after {done} of {wanted} tokens: what was read is kept") from error
         finally:
             stats.read_seconds = time.perf_counter() - started
         stats.prompt_tokens = context.length
@@ -266,17 +264,16 @@ class LLM:
             answer.stats.cached_tokens = self.prefill(session, progress).cached_tokens
             context: Context = session.memory
             chosen = self.choose(question, session)
-            answer.citations = chosen.citations
+            answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
             if isinstance(context, IndexContext):
                 prompt = self._reading_again(session, chosen, question)
                 scratch = KVContext(self.model, make("dense"))
                 yield from self._write(scratch, prompt, params, answer, started, context.length)
             else:
                 assert isinstance(context, KVContext), "a context is an index or a KV context"
-                _, middle, tail = prompts.around_documents(self.model)
                 context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
                 try:
-                    suffix = middle + self.model.tokens(question) + tail
+                    suffix = prompts.after_documents(self.model, question, session.turns)
                     yield from self._write(context, suffix, params, answer, started, context.length)
                 finally:
                     context.hints = Hints()
@@ -300,8 +297,9 @@ class LLM:
             answer.notes.append("the context is longer than the window the model was trained on: expect nonsense")
             room = params.max_tokens
         try:
+            since = time.perf_counter()
             logits = context.step(prompt)
-            stats.read_tokens, stats.read_seconds = len(prompt), time.perf_counter() - started
+            stats.read_tokens, stats.read_seconds = len(prompt), time.perf_counter() - since
             stats.prompt_tokens = remembered + len(prompt)
             yield from decode(self.model, logits, context.step, params, answer, started, room)
         finally:
@@ -321,11 +319,12 @@ class LLM:
         """Return the session's context, a new one where the mechanism changed as documents were added."""
         memory: Context | None = session.memory
         if memory is None or context_mechanism(memory) != mechanism:
-            memory = session.memory = self._context(mechanism, progress)
-            session.head = 0 if isinstance(memory, IndexContext) else len(prompts.around_documents(self.model)[0])
+            memory = session.memory = self.new_context(mechanism, progress)
+            session.head = 0 if isinstance(memory, IndexContext) else len(prompts.before_documents(self.model))
         return memory
 
-    def _context(self, mechanism: Mechanism, progress: Progress | None = None) -> Context:
+    def new_context(self, mechanism: Mechanism, progress: Progress | None = None) -> Context:
+        """Return an empty context that attends by a mechanism (calibrating the model if retrieval needs it)."""
         if isinstance(mechanism, Retrieval) and mechanism.read == "again":
             return IndexContext(self.model, mechanism, self.heads(progress))
         return KVContext(self.model, mechanism)
@@ -334,7 +333,7 @@ class LLM:
         """Return all tokens that the session's context should hold."""
         if isinstance(context, IndexContext):
             return session.tokens
-        return prompts.around_documents(self.model)[0] + session.tokens
+        return prompts.before_documents(self.model) + session.tokens
 
     def _reading_again(self, session: Session, chosen: Chosen, question: str) -> list[int]:
         """Return the prompt that reads what was chosen again, as much of it as fits the window."""
@@ -342,16 +341,20 @@ class LLM:
         focus = mechanism.focus if isinstance(mechanism, Retrieval) else 0
         if focus:
             best = [session.documents[s.document].text[s.start : s.end] for s in chosen.sentences[:focus]]
+            over = prompts.over_sentences
         else:
             best = [citation.text for citation in chosen.citations]
+            over = prompts.over_passages
         recent = session.turns[-2:]
 
         def options() -> Iterator[list[int]]:
             # The best is read last, next to the question.
             for count in range(len(best), 0, -1):
                 for turns in _shorter(recent):
-                    yield prompts.over_passages(self.model, best[:count][::-1], question, turns)
-            yield prompts.plain(self.model, question, [])
+                    yield over(self.model, best[:count][::-1], question, turns)
+            # A window too small for one passage gets as much of it as fits.
+            for share in (2, 4, 8):
+                yield over(self.model, [text[: len(text) // share] for text in best[:1]], question, [])
 
         return self._fitting(options())
 
@@ -361,7 +364,9 @@ class LLM:
         for prompt in options:
             if len(prompt) + min(_ANSWER_ROOM, window // 4) <= window:
                 return prompt
-        raise ContextTooLongError(f"the question does not fit the model's window of {window} tokens: shorten it")
+        raise ContextTooLongError(
+            f"question and passages do not fit the model's window of {window} tokens: shorten the question"
+        )
 
     def _check_question(self, question: str) -> None:
         count, window = len(self.model.tokens(question)), self.model.dimensions.window

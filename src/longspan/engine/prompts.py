@@ -11,12 +11,30 @@ SYSTEM = "You answer questions about a text. Answer briefly and use only what th
 _BEFORE = "Here is the text:\n\n"
 _AFTER = "\n\nQuestion: "
 _GAP = "\n\n"
+_DOCUMENTS = "\ue000documents\ue001"  # private-use characters, in no real text: where the documents stand
 
 
-def around_documents(model: CausalModel) -> tuple[list[int], list[int], list[int]]:
-    """Return the tokens before the documents, between documents and question, and after the question."""
-    head, middle, tail = model.chat_around(_BEFORE, _AFTER, SYSTEM)
-    return model.tokens(head), model.tokens(middle), model.tokens(tail)
+def before_documents(model: CausalModel) -> list[int]:
+    """Return the tokens before the documents: the same whatever is asked, so that they are read once."""
+    return model.tokens(_around(model, "", [])[0])
+
+
+def after_documents(model: CausalModel, question: str, turns: Sequence[Turn]) -> list[int]:
+    """Return the tokens after the documents: the conversation so far and the question, ready for the answer."""
+    return model.tokens(_around(model, question, turns)[1])
+
+
+def _around(model: CausalModel, question: str, turns: Sequence[Turn]) -> tuple[str, str]:
+    """Return the text before and after the documents, which stand in the first message of the user."""
+    questions = [*(turn.question for turn in turns), question]
+    messages = [{"role": "system", "content": SYSTEM}]
+    for i, asked in enumerate(questions):
+        content = _BEFORE + _DOCUMENTS + _AFTER + asked if i == 0 else asked
+        messages.append({"role": "user", "content": content})
+        if i < len(turns):
+            messages.append({"role": "assistant", "content": turns[i].answer})
+    head, _, rest = model.chat(messages).partition(_DOCUMENTS)
+    return head, rest
 
 
 def search_question(model: CausalModel, question: str) -> list[int]:
@@ -24,20 +42,25 @@ def search_question(model: CausalModel, question: str) -> list[int]:
     return model.tokens(f"\n\nQuestion: {question}\nAnswer:")
 
 
-def over_passages(model: CausalModel, passages: Sequence[str], question: str, turns: Sequence[Turn]) -> list[int]:
-    """Return the prompt that reads chosen passages again.
+def over_passages(model: CausalModel, texts: Sequence[str], question: str, turns: Sequence[Turn]) -> list[int]:
+    """Return the prompt that reads chosen passages again, in the order given, after a conversation."""
+    return _over(model, _GAP.join(texts), question, turns)
 
-    Args:
-        model: for its chat template.
-        passages: in the order in which they are read.
-        question: the user's question.
-        turns: those of the conversation that are repeated.
+
+def over_sentences(model: CausalModel, texts: Sequence[str], question: str, turns: Sequence[Turn]) -> list[int]:
+    """Return the prompt that reads chosen sentences again, as a list in the order given.
+
+    As a list, one line each: a small model then keeps them apart (docs/experiments.md).
     """
+    return _over(model, "\n".join("- " + " ".join(sentence.split()) for sentence in texts), question, turns)
+
+
+def _over(model: CausalModel, text: str, question: str, turns: Sequence[Turn]) -> list[int]:
     messages = [{"role": "system", "content": SYSTEM}]
     for turn in turns:
         messages.append({"role": "user", "content": turn.question})
         messages.append({"role": "assistant", "content": turn.answer})
-    messages.append({"role": "user", "content": _BEFORE + _GAP.join(passages) + _AFTER + question})
+    messages.append({"role": "user", "content": _BEFORE + text + _AFTER + question})
     return model.tokens(model.chat(messages))
 
 

@@ -31,10 +31,11 @@ def identity(model: CausalModel, attention: str) -> dict[str, JSON]:
     }
 
 
-def save(store: SessionStore, session: Session, same: dict[str, JSON]) -> None:
+def save(store: SessionStore, session: Session, same: dict[str, JSON], model_name: str) -> None:
     """Commit a session; the memory's tensors are not written again where nothing was read since."""
     assert session.name is not None, "only a session with a name is saved"
     state, tensors, texts = session.to_saved()
+    state["model_name"] = model_name  # for people: what must match is the fingerprint
     memory: Context | None = session.memory
     groups = {"documents": tensors}
     unchanged = []
@@ -69,7 +70,7 @@ def _tokens_read(session: Session, context: Context, length: int) -> list[int]:
     """Return the tokens that the memory holds: the template's head, then documents."""
     from longspan.engine import prompts
 
-    head = [] if isinstance(context, IndexContext) else prompts.around_documents(context.model)[0]
+    head = [] if isinstance(context, IndexContext) else prompts.before_documents(context.model)
     tokens = (head + session.tokens)[:length]
     if len(tokens) != length:
         raise SessionCorruptError(f"session {session.name!r} remembers more than it holds: remove it and read again")

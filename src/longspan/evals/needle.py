@@ -14,10 +14,11 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from longspan.bench.environment import environment
 from longspan.engine.llm import LLM
 from longspan.errors import LongspanError, UsageError
 from longspan.evals.facts import KINDS, Question, make
@@ -25,6 +26,9 @@ from longspan.evals.haystack import prose
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.sessions.session import Session
+
+_ANSWER = 28
+"""Tokens of an answer: a sentence that holds a fact."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,6 @@ def build(model: CausalModel, kind: str, length: int, seed: int) -> Haystack:
     return Haystack("".join([*pieces, filler[done:]]), tuple(spans), tuple(questions))
 
 
-def ask_all(
-    llm: LLM, haystack: Haystack, session: Session, tokens: int = 32
-) -> Iterator[tuple[Question, Any, list[int]]]:
-    """Yield each question with its answer and the pages that were chosen, best first."""
-    for question in haystack.questions:
-        answer = llm.ask(question.text, session, max_tokens=tokens)
-        yield question, answer, [choice.page for choice in llm.choose(question.text, session).pages]
-
-
 def run(
     llm: LLM, kind: str, length: int, haystacks: int, seed: int = 0, say: Callable[[str], None] = print
 ) -> list[Row]:
@@ -103,7 +98,9 @@ def run(
         llm.prefill(session)
         seconds = time.perf_counter() - started
         right = 0
-        for question, answer, pages in ask_all(llm, haystack, session):
+        for question in haystack.questions:
+            answer = llm.ask(question.text, session, max_tokens=_ANSWER)
+            pages = answer.pages
             spans = [haystack.spans[need] for need in question.needs]
             holding = [_pages(session, *span) for span in spans]
             row = Row(
@@ -166,6 +163,7 @@ def tokens_of(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; prints rows' table, or with --json one JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m longspan.evals.needle", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--device", default="auto")
@@ -196,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     lines = table(rows)
     if given.json:
-        print(json.dumps({"table": lines, "rows": [asdict(row) for row in rows]}, ensure_ascii=False))
+        about = environment(base.model.device, "longspan.evals.needle", arguments)
+        print(json.dumps({**about, "table": lines, "rows": [asdict(row) for row in rows]}, ensure_ascii=False))
         return 0
     for line in lines:
         print("  ".join(f"{key} {value}" for key, value in line.items()))

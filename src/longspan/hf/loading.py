@@ -84,6 +84,16 @@ def load(
     return CausalModel(name, model.to(on).eval(), tokenizer)
 
 
+def plain_transformers(model: CausalModel) -> Any:
+    """Return the same weights as transformers runs them by itself (sdpa attention, its own cache), to compare with."""
+    with _quiet():
+        from transformers import AutoModelForCausalLM
+
+        source = model.model.config._name_or_path
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype, attn_implementation="sdpa")
+    return plain.to(model.device).eval()
+
+
 def _source(name: str, say: Say) -> str:
     """Return what transformers can load: a folder, or a hub name."""
     if name in catalogue.CATALOGUE:

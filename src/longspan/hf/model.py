@@ -22,8 +22,6 @@ from longspan.errors import ModelError
 from longspan.hf.attention import Enough, Reader
 from longspan.kv.rotary import Rotary
 
-_DOCUMENT, _QUESTION = "\ue000document\ue001", "\ue000question\ue001"  # private-use characters: in no real text
-
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -130,23 +128,6 @@ class CausalModel:
             return "\n\n".join(titles.get(m["role"], "") + m["content"] for m in messages) + "\n\nAnswer:"
         text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
-
-    def chat_around(self, before: str, after: str, system: str) -> tuple[str, str, str]:
-        """Return the chat template's text around a document and a question.
-
-        Args:
-            before: what the user says before the document.
-            after: what the user says between document and question.
-            system: the system message.
-
-        Returns:
-            What stands before the document, between document and question, and after the question.
-        """
-        content = before + _DOCUMENT + after + _QUESTION
-        text = self.chat([{"role": "system", "content": system}, {"role": "user", "content": content}])
-        head, _, rest = text.partition(_DOCUMENT)
-        middle, _, tail = rest.partition(_QUESTION)
-        return head, middle, tail
 
     @cached_property
     def fingerprint(self) -> str:

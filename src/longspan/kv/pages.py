@@ -134,7 +134,7 @@ class PagedKV(LayerKV):
         pages = [page for page, slot in enumerate(self.table) if slot != _DROPPED]
         slots = torch.tensor([self.table[page] for page in pages], dtype=torch.int64, device=self.pool.keys.device)
         keys, values = self.pool.keys[:, slots], self.pool.values[:, slots]
-        if self._length % PAGE and pages:
+        if self._length % PAGE and pages and pages[-1] == len(self.table) - 1:
             # What lies behind the last token is whatever the memory held before: not for a file.
             keys[:, -1, self._length % PAGE :] = 0
             values[:, -1, self._length % PAGE :] = 0
@@ -150,7 +150,8 @@ class PagedKV(LayerKV):
         fits = (
             keys.shape == (pool.keys.shape[0], pages.numel(), PAGE, pool.keys.shape[-1])
             and values.shape == (pool.values.shape[0], pages.numel(), PAGE, pool.values.shape[-1])
-            and (pages.numel() == 0 or 0 <= int(pages.min()) <= int(pages.max()) < count)
+            and (pages.numel() == 0 or 0 <= int(pages[0]) <= int(pages[-1]) < count)
+            and bool((pages.diff() > 0).all())
         )
         if not fits:
             raise SessionCorruptError("the saved pages do not fit the model: remove the session and read again")

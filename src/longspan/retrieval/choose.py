@@ -89,8 +89,7 @@ def choose_pages(mass: Tensor, count: int, lexical: Tensor | None = None, lexica
         words = torch.softmax(lexical.float(), 0).masked_fill(lexical <= 0, 0.0)
         vote = (vote + lexical_weight * words) / (1 + lexical_weight)
     order = torch.argsort(vote, descending=True, stable=True)[:count].tolist()
-    leading = set(torch.argsort(heads, descending=True, stable=True)[:count].tolist())
-    by_words = set(torch.argsort(words, descending=True, stable=True)[:count].tolist()) if words.any() else set()
+    leading, by_words = _leading(heads, count), _leading(words, count)
     chosen = []
     for page in order:
         if float(vote[page]) <= 0:
@@ -98,3 +97,9 @@ def choose_pages(mass: Tensor, count: int, lexical: Tensor | None = None, lexica
         sources = [name for name, pages in (("heads", leading), ("lexical", by_words)) if page in pages]
         chosen.append(Choice(page, float(vote[page]), "+".join(sources) or "heads+lexical"))
     return chosen
+
+
+def _leading(vote: Tensor, count: int) -> set[int]:
+    """Return the best pages of one vote; a page without any vote is not among them."""
+    best = torch.argsort(vote, descending=True, stable=True)[:count]
+    return set(best[vote[best] > 0].tolist())

@@ -77,9 +77,9 @@ class Session:
         self.offsets.extend(offsets)
         self.documents.append(SessionDocument(name, text, first, len(self.tokens)))
 
-    def has(self, name: str, text: str) -> bool:
-        """Return whether this very document was added already."""
-        return any(document.name == name and document.text == text for document in self.documents)
+    def has(self, text: str) -> bool:
+        """Return whether a document with this very text was added already."""
+        return any(document.text == text for document in self.documents)
 
     def passages(self, first: int, last: int) -> list[Passage]:
         """Return the text of the tokens `first .. last - 1`, one passage a document that they touch."""
