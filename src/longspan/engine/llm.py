@@ -42,6 +42,9 @@ Progress = Callable[[str, int, int], None]
 _AUTO = "auto"
 _ANSWER_ROOM = 256
 _CITED = 4
+_SHARE = 0.4
+"""Of the best sentence's attention that another must have to be read again: facts that a question needs had 0.54 to 1,
+what stood around them 0.34 and less (docs/experiments.md)."""
 
 
 class LLM:
@@ -340,7 +343,9 @@ class LLM:
         mechanism = context_mechanism(session.memory)
         focus = mechanism.focus if isinstance(mechanism, Retrieval) else 0
         if focus:
-            best = [session.documents[s.document].text[s.start : s.end] for s in chosen.sentences[:focus]]
+            bar = _SHARE * chosen.sentences[0].mass if chosen.sentences else 0.0
+            clear = [s for s in chosen.sentences[:focus] if s.mass >= bar]
+            best = [session.documents[s.document].text[s.start : s.end] for s in clear]
             over = prompts.over_sentences
         else:
             best = [citation.text for citation in chosen.citations]

@@ -28,7 +28,7 @@ from longspan.kv.base import PAGE
 from longspan.sessions.session import Session
 
 _ANSWER = 28
-"""Tokens of an answer: a sentence that holds a fact."""
+"""Tokens of an answer for each fact needed: a sentence that holds it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def run(
         seconds = time.perf_counter() - started
         right = 0
         for question in haystack.questions:
-            answer = llm.ask(question.text, session, max_tokens=_ANSWER)
+            answer = llm.ask(question.text, session, max_tokens=_ANSWER * len(question.needs))
             pages = answer.pages
             spans = [haystack.spans[need] for need in question.needs]
             holding = [_pages(session, *span) for span in spans]

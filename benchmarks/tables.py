@@ -1,0 +1,135 @@
+"""Makes the tables in README and docs from committed results and from the registry.
+
+    python -m benchmarks.tables          write them
+    python -m benchmarks.tables --check  exit with 1 if a file is out of step
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`. Nothing between these is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longspan.attention import mechanisms
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = ("README.md", "README.ru.md", "docs/results.md")
+_PLACE = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _needles() -> list[dict[str, Any]]:
+    """Return the lines of every committed needle result."""
+    return [
+        line
+        for file in sorted(RESULTS.glob("needle*.json"))
+        for line in json.loads(file.read_text(encoding="utf-8"))["table"]
+    ]
+
+
+def needle() -> str:
+    """Right answers by mechanism and length, for facts asked in their own words."""
+    lines = [line for line in _needles() if line["kind"] == "single"]
+    lengths = sorted({line["length"] for line in lines}, key=lambda length: int(length[:-1]))
+    found = {(line["mechanism"], line["length"]): line for line in lines}
+    rows = []
+    for name in dict.fromkeys(line["mechanism"] for line in lines):
+        cells = [found.get((name, length)) for length in lengths]
+        rows.append([f"`{name}`", *(f"{c['right']}/{c['questions']}" if c else "" for c in cells)])
+    return _markdown(["mechanism", *lengths], rows)
+
+
+def needle_kinds() -> str:
+    """Retrieval by kind of question: right answers, page ranked first, fact in a citation."""
+    rows = [
+        [
+            line["kind"],
+            line["length"],
+            *(f"{line[key]}/{line['questions']}" for key in ("right", "ranked_first", "cited")),
+        ]
+        for line in _needles()
+        if line["mechanism"] == "retrieval"
+    ]
+    return _markdown(["questions", "length", "answered", "page ranked first", "fact cited"], rows)
+
+
+def speed() -> str:
+    """Prefill and decode beside plain transformers in the same run."""
+    result = json.loads((RESULTS / "model-cpu.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in result["rows"]:
+        decode = row.get("decode_tokens_per_s")
+        rows.append(
+            [
+                f"`{row['mechanism']}`",
+                str(row["length"]),
+                f"{row['prefill_tokens_per_s']:.0f}",
+                f"{row['prefill_ratio']:.2f}",
+                f"{decode:.1f}" if decode else "",
+                f"{row['decode_ratio']:.2f}" if decode else "",
+            ]
+        )
+    head = [
+        "mechanism",
+        "tokens",
+        "prefill tokens/s",
+        "ratio to transformers",
+        "decode tokens/s",
+        "ratio to transformers",
+    ]
+    return _markdown(head, rows) + f"\n{result['device']}, torch {result['torch']}; `{result['command']}`\n"
+
+
+def attention() -> str:
+    """The registry."""
+    rows = []
+    for name, cls in mechanisms().items():
+        flags = [text for text, on in (("exact", cls.exact), ("bounded memory", cls.bounded_memory)) if on]
+        options = ", ".join(f"{key}={value}" for key, value in cls.options().items())
+        page = f"[`{name}`](https://github.com/longspan/longspan/blob/main/docs/mechanisms/{name}.md)"
+        rows.append([page, cls.about, ", ".join(flags), cls.decode_order, options, cls.source])
+    return _markdown(["mechanism", "reads", "is", "decode step", "options", "source"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "needle": needle,
+    "needle-kinds": needle_kinds,
+    "speed": speed,
+    "attention": attention,
+}
+
+
+def filled(text: str) -> str:
+    """Return a document with every table made anew."""
+    return _PLACE.sub(lambda found: found.group(1) + TABLES[found.group(2)]() + found.group(3), text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write, or check, every file."""
+    stale = []
+    for name in FILES:
+        file = ROOT / name
+        old = file.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            stale.append(name)
+            if "--check" not in arguments:
+                file.write_text(new, encoding="utf-8")
+    if "--check" in arguments and stale:
+        print(f"out of step with benchmarks/results: {', '.join(stale)}; run: make docs")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
