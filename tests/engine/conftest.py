@@ -1,4 +1,4 @@
-"""A tiny llama with a window of 2048 tokens, its retrieval heads, and folders of our own for all that is kept."""
+"""A tiny llama with a window of 1024 tokens, its retrieval heads, and folders of our own for all that is kept."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ def calibrated(tiny: CausalModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a text of some hundred tokens is read in several."""
+    from tiny_llama import CHUNK
+
+    from longspan.engine import contexts
+
+    monkeypatch.setattr(contexts, "CHUNK", CHUNK)
+
+
+@pytest.fixture(autouse=True)
 def places(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing outside the test's folder is read or written."""
     cache = tmp_path / "cache"
@@ -76,6 +86,6 @@ def make_llm(tiny: CausalModel, calibrated: Path) -> Callable[..., LLM]:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """About 1150 tokens in which no two pages are alike: three chunks."""
+    """About 400 tokens in which no two pages are alike: four chunks."""
     places = ["gate", "cellar", "ferry", "pier", "tower", "archive", "museum", "harbour", "market", "bridge"]
-    return " ".join(f"The code of the {places[i % 10]} in street {i * 7 % 40} is {i * i + 7315}." for i in range(36))
+    return " ".join(f"The code of the {places[i % 10]} in street {i * 7 % 40} is {i * i + 7315}." for i in range(13))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_llama import SPECS, WINDOW
+from tiny_llama import CHUNK, SPECS, WINDOW
 from transformers import AutoModelForCausalLM
 
 from longspan import LLM
 from longspan.attention import Mechanism
 from longspan.engine import prompts
-from longspan.engine.contexts import CHUNK, IndexContext, KVContext
+from longspan.engine.contexts import IndexContext, KVContext
 from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, DocumentError, UnknownNameError, UsageError
 from longspan.sessions.session import Turn
@@ -139,7 +139,7 @@ def test_an_answer_is_cut_where_the_window_ends(make_llm, tiny, text):
     room = 5
     filler = " gate" * WINDOW
     used = session.memory.length + after + len(prompts.separator(tiny, "more"))
-    tokens, offsets = tiny.tokens_with_offsets(filler)
+    _, offsets = tiny.tokens_with_offsets(filler)
     llm.add_text(session, filler[: offsets[WINDOW - used - room][0]], "more")
     answer = llm.ask(QUESTION, session, max_tokens=50)
     assert answer.stats.prompt_tokens == WINDOW - room
@@ -192,7 +192,7 @@ def test_a_second_question_reuses_everything(make_llm, text, spec):
     assert first.stats.cached_tokens == 0
     length = session.memory.length
     second = llm.ask(OTHER, session, max_tokens=8)
-    assert second.stats.cached_tokens == session.memory.length == length >= len(session.tokens) > 1000
+    assert second.stats.cached_tokens == session.memory.length == length >= len(session.tokens) > 300
     assert llm.prefill(session).read_tokens == 0
     assert llm.ask(QUESTION, session, max_tokens=8).text == first.text
 
@@ -315,7 +315,7 @@ def test_attention_chosen_by_itself_is_dense_until_the_window_is_too_small(make_
     assert llm.ask(QUESTION, session, max_tokens=4).attention == "dense"
     assert session.head > 0
     llm.add_text(session, text[::-1], "backwards")
-    assert len(session.tokens) > WINDOW
+    assert len(session.tokens) < WINDOW, "and yet no room is left for question and answer"
     answer = llm.ask(QUESTION, session, max_tokens=24)
     assert isinstance(session.memory, IndexContext)
     assert session.head == 0
@@ -352,6 +352,16 @@ def test_a_conversation_longer_than_the_window_without_documents_loses_its_oldes
     assert len(session.turns) == 2
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="no room is left, and nobody is told")
+@pytest.mark.parametrize("spec", ["streaming:window=100", "superlinear:window=80", "retrieval:window=128,read=place"])
+def test_a_conversation_longer_than_the_window_is_answered_or_told(make_llm, text, spec):
+    llm = make_llm(spec)
+    session = with_text(llm, text)
+    session.turns = [Turn("gate " * 300, "tower " * 300)] * 2
+    answer = llm.ask(QUESTION, session, max_tokens=9)
+    assert answer.text or answer.notes
+
+
 # --- what is cited --------------------------------------------------------------------------------------------
 
 
@@ -372,14 +382,11 @@ def test_citations_are_the_documents_own_words(make_llm, text, spec):
         seen |= characters
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the index of words is kept by id(), which is used again")
 def test_every_session_is_searched_by_its_own_words(make_llm):
-    # Sessions of one length, one after the other, often at one place in memory: each is searched by its own words.
     llm = make_llm("dense")
-    words, lengths, reused, before = ["lantern", "kettles", "ladders", "helmets"] * 3, set(), 0, None
-    for i, word in enumerate(words):
-        session = llm.session()
-        reused += id(session) == before
-        before = id(session)
+    lengths, session = set(), llm.session()
+    for i, word in enumerate(["lantern", "kettles", "ladders", "helmets"] * 3):
         said = ["In the cellar there is nothing."] * 40
         said[4 + 3 * i] = f"The {word} are here."
         llm.add_text(session, " ".join(said))
@@ -388,8 +395,9 @@ def test_every_session_is_searched_by_its_own_words(make_llm):
         chosen = llm._chooser.choose(f"Where are the {word}?", session, None, count=1, reach=1, lexical=True)
         assert [choice.by for choice in chosen.pages] == ["lexical"]
         assert word in chosen.citations[0].text
-        del session, chosen
-    assert len(lengths) == 1 and reused
+        del chosen, session
+        session = llm.session()  # directly after: it takes the place in memory, and so the id(), of the one before
+    assert len(lengths) == 1 and session.documents == []
 
 
 # --- what is refused ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tiny_llama import SPECS, save_model
+from tiny_llama import CHUNK, SPECS, WINDOW, save_model
 
 from longspan import LLM
 from longspan.errors import SaveError, SessionCorruptError, SessionMismatchError, UsageError
@@ -65,15 +65,15 @@ def test_a_session_saved_half_read_is_read_on(make_llm, text, spec):
     llm.add_text(session, text, "codes.txt")
 
     def stop(what, done, total):
-        if done >= 512:
+        if done >= CHUNK:
             raise KeyboardInterrupt
 
-    with pytest.raises(Exception, match="512"):
+    with pytest.raises(Exception, match=f"after {CHUNK} of"):
         llm.prefill(session, stop)
     llm.save(session)
     other = make_llm(spec)
     restored = other.session("half")
-    assert restored.memory.length == 512
+    assert restored.memory.length == CHUNK
     assert ask(other, restored) == expected
 
 
@@ -107,7 +107,7 @@ def test_a_session_without_a_name_is_not_saved(make_llm):
 @pytest.mark.parametrize("other", ["streaming:window=100,sinks=4", "dense", "retrieval", None])
 def test_another_attention_is_refused(make_llm, text, other):
     llm = make_llm("streaming:window=100,sinks=8")
-    llm.save(read(llm, text[:1000]))
+    llm.save(read(llm, text[:300]))
     with pytest.raises(SessionMismatchError, match="attention") as caught:
         make_llm(other).session("codes")
     assert "\n" not in str(caught.value)
@@ -116,15 +116,15 @@ def test_another_attention_is_refused(make_llm, text, other):
 
 def test_another_model_is_refused(make_llm, text, tmp_path):
     llm = make_llm("dense")
-    llm.save(read(llm, text[:1000]))
-    model = load(str(save_model(tmp_path / "other", seed=1, max_position_embeddings=2048)), dtype=torch.float32)
+    llm.save(read(llm, text[:300]))
+    model = load(str(save_model(tmp_path / "other", seed=1, max_position_embeddings=WINDOW)), dtype=torch.float32)
     with pytest.raises(SessionMismatchError, match="model"):
         LLM(model, "dense").session("codes")
 
 
 def test_another_number_type_is_refused(make_llm, text, folder):
     llm = make_llm("dense")
-    llm.save(read(llm, text[:1000]))
+    llm.save(read(llm, text[:300]))
     model = load(str(folder), device="cpu", dtype=torch.float16)
     assert llm.store.show("codes").identity["dtype"] == "float32"
     with pytest.raises(SessionMismatchError):
@@ -142,7 +142,7 @@ def test_another_number_type_is_refused(make_llm, text, folder):
 @pytest.mark.parametrize("spec", ["dense", "retrieval:window=128,pages=2"])
 def test_a_damaged_memory_is_refused(make_llm, text, spec, spoil):
     llm = make_llm(spec)
-    session = read(llm, text[:2000])
+    session = read(llm, text[:300])
     expected = ask(llm, session)
     llm.save(session)
     blob = memory_file(llm.store.root / "codes")
@@ -179,11 +179,11 @@ def fill_disk(patch, free):
 @pytest.mark.parametrize("free", [0, 5000, 60_000])
 def test_a_full_disk_leaves_what_was_saved(make_llm, text, free, monkeypatch):
     llm = make_llm("dense")
-    session = read(llm, text[:1000])
+    session = read(llm, text[:300])
     expected = ask(llm, session)
     llm.save(session)
     before = files(llm.store.root / "codes")
-    llm.add_text(session, text[1000:], "more")
+    llm.add_text(session, text[300:], "more")
     longer = ask(llm, session)
     with monkeypatch.context() as patch:
         fill_disk(patch, free)
@@ -201,10 +201,10 @@ def test_a_full_disk_leaves_what_was_saved(make_llm, text, free, monkeypatch):
 
 def test_a_disk_that_does_not_sync_leaves_what_was_saved(make_llm, text, monkeypatch):
     llm = make_llm("dense")
-    session = read(llm, text[:1000])
+    session = read(llm, text[:300])
     expected = ask(llm, session)
     llm.save(session)
-    llm.add_text(session, text[1000:], "more")
+    llm.add_text(session, text[300:], "more")
     llm.prefill(session)
 
     def fsync(handle):
@@ -245,10 +245,10 @@ def test_a_memory_that_did_not_change_is_not_written_again(make_llm, text, spec)
 
 def test_a_memory_that_grew_is_written(make_llm, text):
     llm = make_llm("dense")
-    session = read(llm, text[:1000])
+    session = read(llm, text[:300])
     llm.save(session)
     blob = memory_file(llm.store.root / "codes")
-    llm.add_text(session, text[1000:], "more")
+    llm.add_text(session, text[300:], "more")
     llm.prefill(session)
     llm.save(session)
     assert not blob.exists()
@@ -257,7 +257,7 @@ def test_a_memory_that_grew_is_written(make_llm, text):
 
 def test_a_session_removed_meanwhile_is_saved_whole(make_llm, text):
     llm = make_llm("dense")
-    session = read(llm, text[:1000])
+    session = read(llm, text[:300])
     expected = ask(llm, session)
     llm.save(session)
     make_llm("dense").store.remove("codes")

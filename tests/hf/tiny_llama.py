@@ -18,8 +18,8 @@ SENTENCES = (
     "Nobody had asked for a lantern. The ferry to Oslo leaves from pier 12, and the one to Riga does not leave at all. "
 )
 
-WINDOW = 2048
-"""Of the model that the engine's tests share."""
+WINDOW, CHUNK = 1024, 128
+"""Of the model that the engine's tests share; tokens read together there (512 otherwise)."""
 SPECS = (
     "dense",
     "streaming:window=100,sinks=4",

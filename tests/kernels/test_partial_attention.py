@@ -1,5 +1,6 @@
 """Partial attention: the reference against float64 softmax, the CPU's version against the reference, and the merge."""
 
+import itertools
 import math
 
 import pytest
@@ -160,7 +161,7 @@ def test_merged_parts_are_softmax_over_their_union(group):
     cuts = [0, 1, 1, 20, 50]  # one part has a single key, one has none
     parts = [
         reference.partial_attention(q, k[:, :, a:b], v[:, :, a:b], mask[..., a:b], scale=0.3)
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in itertools.pairwise(cuts)
     ]
     outs, lses = (torch.stack(side) for side in zip(*parts, strict=True))
     close(merge_partials(outs, lses), truth(q, k, v, mask, 0.3), 1e-12)

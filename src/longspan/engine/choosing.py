@@ -6,6 +6,7 @@ small weight. It does not answer, and it does not know how chosen text is read.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Chooser:
     def __init__(self, model: CausalModel) -> None:
         """Take the model that asks."""
         self.model = model
-        self._index: tuple[tuple[int, int, int], LexicalIndex] | None = None
+        self._index: tuple[weakref.ref[Session], int, LexicalIndex] | None = None
 
     def choose(
         self, question: str, session: Session, heads: RetrievalHeads | None, *, count: int, reach: int, lexical: bool
@@ -115,11 +116,12 @@ class Chooser:
     def _lexical(self, session: Session) -> LexicalIndex:
         """Return the lexical index over the pages of the session's context."""
         length = session.memory.length
-        key = (id(session), length, len(session.documents))
-        if self._index is None or self._index[0] != key:
+        known = self._index
+        # A weak reference: another session at a freed address must not be taken for this one.
+        if known is None or known[0]() is not session or known[1] != length:
             pages = [
                 " ".join(passage.text for passage in self.pages_text(session, page, page + 1))
                 for page in range(-(-length // PAGE))
             ]
-            self._index = (key, LexicalIndex(pages))
-        return self._index[1]
+            known = self._index = (weakref.ref(session), length, LexicalIndex(pages))
+        return known[2]

@@ -134,7 +134,8 @@ class KVContext(Context):
         finally:
             self.truncate(before)
         start, stop = self.mechanism.dropped(before)
-        first = -(-stop // PAGE) * PAGE if stop > start else 0
+        # The first page that is held whole again; nothing before it is asked for.
+        first = min(-(-stop // PAGE) * PAGE, before) if stop > start else 0
         keys = {head: self.layers[head[0]].keys(first, before)[0, _kv_head(self.model, head)] for head in heads.heads}
         found = token_mass(asked.queries, keys, sinks=heads.sinks if first == 0 else 0)
         return torch.nn.functional.pad(found, (first, 0))

@@ -276,7 +276,9 @@ class LLM:
                 assert isinstance(context, KVContext), "a context is an index or a KV context"
                 context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
                 try:
-                    suffix = prompts.after_documents(self.model, question, session.turns)
+                    suffix = self._fitting(
+                        prompts.after_documents(self.model, question, turns) for turns in _shorter(session.turns)
+                    )
                     yield from self._write(context, suffix, params, answer, started, context.length)
                 finally:
                     context.hints = Hints()
@@ -323,6 +325,7 @@ class LLM:
         memory: Context | None = session.memory
         if memory is None or context_mechanism(memory) != mechanism:
             memory = session.memory = self.new_context(mechanism, progress)
+            session.saved_length = -1
             session.head = 0 if isinstance(memory, IndexContext) else len(prompts.before_documents(self.model))
         return memory
 

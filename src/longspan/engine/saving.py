@@ -57,10 +57,10 @@ def restore_memory(session: Session, saved: SavedSession, make_context: Callable
     if kept is None:
         return
     try:
-        context = make_context(parse(str(kept["mechanism"])))
-        length = int(kept["length"])
+        mechanism, length = parse(str(kept["mechanism"])), int(kept["length"])
     except (KeyError, TypeError, ValueError) as error:
         raise SessionCorruptError(f"session {saved.name!r} has a damaged memory: remove it and read again") from error
+    context = make_context(mechanism)
     context.restore(_tokens_read(session, context, length), dict(saved.tensors["memory"]))
     session.memory = context
     session.saved_length = context.length

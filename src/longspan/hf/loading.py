@@ -122,8 +122,11 @@ def _converted(file: Path, say: Say) -> Path:
     if (target / "config.json").is_file():
         return target
     say(f"converting {file.name} (once)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"can't write to {target.parent}: {error.strerror} (set LONGSPAN_CACHE)") from error
     try:
         with _quiet():
             from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -144,7 +144,7 @@ class CausalModel:
             step = max(1, flat.numel() // 4096)
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             # bfloat16, so that a model has one fingerprint on every device.
-            digest.update(flat[::step].to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(flat[::step].to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     @cached_property

@@ -86,7 +86,7 @@ def choose_pages(mass: Tensor, count: int, lexical: Tensor | None = None, lexica
     words = torch.zeros_like(heads)
     if lexical is not None and float(lexical.sum()) > 0:
         # The lexical vote is sharpened to a distribution over its best pages, so that both votes are shares.
-        words = torch.softmax(lexical.float(), 0).masked_fill(lexical <= 0, 0.0)
+        words = torch.softmax(lexical.float().masked_fill(lexical <= 0, float("-inf")), 0)
         vote = (vote + lexical_weight * words) / (1 + lexical_weight)
     order = torch.argsort(vote, descending=True, stable=True)[:count].tolist()
     leading, by_words = _leading(heads, count), _leading(words, count)

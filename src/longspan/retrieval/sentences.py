@@ -62,7 +62,8 @@ def rank(
     last = first + mass.shape[0]
     found = []
     for start, end in spans:
-        a = bisect.bisect_left(offsets, start, first, last, key=lambda offset: offset[0])
-        b = bisect.bisect_left(offsets, end, a, last, key=lambda offset: offset[0])
+        # By the tokens' ends: a token often begins with the space before its word.
+        a = bisect.bisect_right(offsets, start, first, last, key=lambda offset: offset[1])
+        b = bisect.bisect_right(offsets, end, a, last, key=lambda offset: offset[1])
         found.append(Sentence(document, start, end, float(mass[a - first : b - first].sum())))
     return found

@@ -44,7 +44,7 @@ class SessionDocument:
     last: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """Documents and what was asked about them."""
 
