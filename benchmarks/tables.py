@@ -90,6 +90,20 @@ def speed() -> str:
     return _markdown(head, rows) + f"\n{result['device']}, torch {result['torch']}; `{result['command']}`\n"
 
 
+def demo() -> str:
+    """What the demo took."""
+    found = json.loads((RESULTS / "demo-cpu.json").read_text(encoding="utf-8"))
+    rows = [
+        [one["question"], one["answer"].strip().splitlines()[0], f"{one['time_to_first_token_s']:.1f} s"]
+        for one in found["answers"]
+    ]
+    said = (
+        f"\n{found['tokens']:,} tokens read at {found['prefill_tokens_per_s']:.0f} tokens/s; "
+        f"the second question's first token came {found['ratio']:.0f} times sooner ({found['device']}).\n"
+    )
+    return _markdown(["question", "answer", "first token"], rows) + said
+
+
 def attention() -> str:
     """The registry."""
     rows = []
@@ -102,6 +116,7 @@ def attention() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "needle": needle,
     "needle-kinds": needle_kinds,
     "speed": speed,

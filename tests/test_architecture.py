@@ -9,7 +9,7 @@ import longspan
 
 SOURCE = Path(longspan.__file__).parent
 ROOMS = (
-    "cli", "server", "evals", "bench", "planner", "train", "engine", "sessions", "retrieval", "hf", "attention",
+    "cli", "server", "bench", "evals", "planner", "train", "engine", "sessions", "retrieval", "hf", "attention",
     "distributed", "kv", "kernels", "settings", "errors",
 )  # fmt: skip
 """From the top; a room imports from those behind it and from itself."""
@@ -67,14 +67,7 @@ def test_imports_are_seen():
     assert "transformers.AttentionInterface" in inside, "one inside a function"
 
 
-UPWARDS = pytest.mark.xfail(strict=True, raises=AssertionError, reason="bench/model.py takes its text from evals/")
-
-
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(f, marks=UPWARDS if i == "bench/model.py" else ()) for f, i in zip(FILES, IDS, strict=True)],
-    ids=IDS,
-)
+@pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_imports_point_downwards(file):
     room = room_of(file)
     for module, line in imports(file):

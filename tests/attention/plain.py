@@ -22,9 +22,7 @@ def per_query(q, k, v, keys_of):
     for b in range(batch):
         for h in range(heads):
             for i in range(count):
-                out[b, h, i] = allowed_softmax(
-                    q[b, h, i], k[b, h // group], v[b, h // group], keys_of(b, h, first + i)
-                )
+                out[b, h, i] = allowed_softmax(q[b, h, i], k[b, h // group], v[b, h // group], keys_of(b, h, first + i))
     return out
 
 
@@ -33,7 +31,9 @@ def dense(q, k, v):
 
 
 def streaming(q, k, v, window, sinks):
-    return per_query(q, k, v, lambda b, h, t: sorted(set(range(min(sinks, t + 1))) | set(range(max(0, t - window + 1), t + 1))))
+    return per_query(
+        q, k, v, lambda b, h, t: sorted(set(range(min(sinks, t + 1))) | set(range(max(0, t - window + 1), t + 1)))
+    )
 
 
 def retrieval(q, k, v, window, sinks, chosen, neighbours, page=64):
@@ -51,7 +51,9 @@ def superlinear_parts(t, window, power):
     steps = []
     i = 1
     while True:
-        step = math.floor(i ** (1 / power) + 1e-12) if abs(1 / power - round(1 / power)) > 1e-12 else i ** round(1 / power)
+        step = (
+            math.floor(i ** (1 / power) + 1e-12) if abs(1 / power - round(1 / power)) > 1e-12 else i ** round(1 / power)
+        )
         steps.append(step)
         if step > max(t + 1, window + 1):
             break
@@ -64,7 +66,7 @@ def superlinear_parts(t, window, power):
 def superlinear(q, k, v, window, spans, backward, forward, power, span_power, gate, summary, routing=None, page=64):
     q, k, v = q.double(), k.double(), v.double()
     routing = q if routing is None else routing.double()
-    batch, heads, count, dim = q.shape
+    batch, heads, count, _ = q.shape
     group = heads // k.shape[1]
     first = k.shape[2] - count
     out = torch.empty(batch, heads, count, v.shape[-1], dtype=torch.float64)

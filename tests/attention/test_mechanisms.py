@@ -21,7 +21,11 @@ CASES = [
     ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "bounds"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "bounds", "power": 0.55, "span_power": 0.55}, {}),
-    ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "key", "window": 9, "power": 0.55, "span_power": 0.4}, {}),
+    (
+        "superlinear",
+        {**SUPERLINEAR, "gate": "joint", "summary": "key", "window": 9, "power": 0.55, "span_power": 0.4},
+        {},
+    ),
 ]
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
 
@@ -40,7 +44,9 @@ def expected(name, options, hints, q, k, v):
     if name == "streaming":
         return plain.streaming(q, k, v, **options)
     if name == "retrieval":
-        return plain.retrieval(q, k, v, options["window"], options["sinks"], hints["chosen_pages"], options["neighbours"])
+        return plain.retrieval(
+            q, k, v, options["window"], options["sinks"], hints["chosen_pages"], options["neighbours"]
+        )
     return plain.superlinear(q, k, v, **options)
 
 

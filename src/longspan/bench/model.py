@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention import Mechanism, parse
-from longspan.bench.environment import environment
 from longspan.engine.contexts import CHUNK, GPU_CHUNK, Context, IndexContext, KVContext
 from longspan.engine.llm import LLM
 from longspan.errors import LongspanError
+from longspan.evals.environment import environment
 from longspan.evals.haystack import prose
 from longspan.evals.needle import tokens_of
 from longspan.hf.loading import plain_transformers

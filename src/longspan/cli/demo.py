@@ -15,14 +15,14 @@ from longspan.cli import options, output, work
 from longspan.cli.progress import Progress
 
 QUESTIONS: tuple[tuple[str, str], ...] = (
-    ("What does the assert statement raise when the condition is false?", "AssertionError"),
-    ("Which statement ends the nearest enclosing loop?", "break"),
+    ("Which exception is raised when a name is not found at all?", "NameError"),
+    ("What is the default encoding of Python source files?", "UTF-8"),
 )
 """Each question, and a word that a right answer contains."""
 
 NAME = "demo"
 _CITED = 2
-_ANSWER = 96
+_ANSWER = 48
 """Most tokens of an answer: a small model goes on and on after the right one."""
 
 

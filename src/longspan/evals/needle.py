@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longspan.bench.environment import environment
 from longspan.engine.llm import LLM
 from longspan.errors import LongspanError, UsageError
+from longspan.evals.environment import environment
 from longspan.evals.facts import KINDS, Question, make
 from longspan.evals.haystack import prose
 from longspan.hf.model import CausalModel
