@@ -74,7 +74,8 @@ def test_a_page_without_a_vote_is_not_chosen():
 
 def test_words_are_a_vote_of_their_weight():
     mass, words = torch.tensor([[0.6, 0.4, 0.0]]), torch.tensor([0.0, 5.0, 5.0])
-    softmax = torch.softmax(words, 0)
+    # A page without any of the words has no part in the lexical vote.
+    softmax = torch.tensor([0.0, 0.5, 0.5])
     assert [choice.page for choice in choose_pages(mass, 3, words, 0.1)] == [0, 1, 2]
     heavy = choose_pages(mass, 3, words, 1.0)
     assert [choice.page for choice in heavy] == [1, 0, 2]
@@ -100,5 +101,5 @@ def test_words_alone_choose_where_no_head_votes():
 def test_a_page_that_neither_ranks_among_its_best_is_chosen_by_both():
     mass, words = torch.tensor([[0.5, 0.3, 0.0]]), torch.tensor([0.0, 7.0, 7.1])
     assert choose_pages(mass, 1, words, 1.0) == [
-        Choice(1, pytest.approx(0.3 / 2 + float(torch.softmax(words, 0)[1]) / 2), "heads+lexical")
+        Choice(1, pytest.approx(0.3 / 2 + float(torch.softmax(words[1:], 0)[0]) / 2), "heads+lexical")
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from longspan.cli import output
 
-_BETWEEN_LINES = 10.0
+_BETWEEN_LINES = 5.0
 """Seconds at least between two lines about the same work, where there is no terminal."""
 
 

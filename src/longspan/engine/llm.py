@@ -162,6 +162,8 @@ class LLM:
             tokens = self._context_tokens(session, context)
             done, wanted = context.length, len(tokens)
             stats.cached_tokens = context.length
+            if progress and done < wanted:
+                progress("reading", done, wanted)
             started = time.perf_counter()
             context.extend(tokens[context.length :], tick)
         except KeyboardInterrupt as error:
