@@ -1,6 +1,6 @@
 """Finding and loading a model: short name, GGUF file, local folder or hub name.
 
-A GGUF file is converted once and the result kept in the cache, since converting takes ten times as long as loading.
+A GGUF file is converted once and the result kept in the cache, since converting takes far longer than loading.
 It does not know how a model is run: see `model.py`.
 """
 

@@ -1,4 +1,4 @@
-"""Finding a model's retrieval heads, in a minute, from text that every Python has.
+"""Finding a model's retrieval heads, in some minutes, from text that every Python has.
 
 Facts are put into stretches of the language reference, and the model is asked for each; a head is a retrieval head
 if the page with the fact gets the largest share of its attention. Of the heads that find nearly everything, those in

@@ -1,4 +1,4 @@
-"""Attention over a part of the keys through PyTorch's blocked CPU kernel, about 3 to 12 times the plain version.
+"""Attention over a part of the keys through PyTorch's blocked CPU kernel, faster than the plain version.
 
 PyTorch's public `scaled_dot_product_attention` returns no log-sum-exp; the operator beneath it does. It serves float32
 on the CPU. Masked values that are not finite would reach its output (0 * NaN), so such inputs go to the reference.
