@@ -1,5 +1,7 @@
 """The main job with the real default model: fetched as a user's would be, on real prose, small enough for every run."""
 
+import math
+
 import pytest
 
 from longspan import LLM
@@ -7,6 +9,7 @@ from longspan.errors import ModelError
 from longspan.evals import needle
 from longspan.evals.facts import KINDS, make
 from longspan.evals.haystack import prose
+from longspan.evals.journal import Journal
 from longspan.sessions.store import SessionStore
 
 pytestmark = pytest.mark.model
@@ -23,11 +26,15 @@ def llm(tmp_path_factory):
 
 
 def test_facts_in_real_prose_are_found_cited_and_answered(llm):
-    rows = needle.run(llm, "single", 3072, 1, seed=3, say=lambda text: None)
+    tasks = needle.plan(llm.model, needle.Given(["retrieval"], ["single"], [3072], haystacks=1, seed=3))
+    with Journal(None) as journal:
+        assert needle.run(llm, tasks, journal, {}, math.inf, lambda text: None) == 0
+        rows = [entry.row for entry in journal.entries]
     assert len(rows) == 8
-    assert all(row.cited for row in rows)
-    assert sum(row.ranked_first for row in rows) >= 7
-    assert sum(row.right for row in rows) >= 6
+    assert all(row["cited"] for row in rows)
+    assert sum(row["ranked_first"] for row in rows) >= 7
+    assert sum(row["right"] for row in rows) >= 7
+    assert sum(row["own_words"] for row in rows) >= 6
 
 
 def test_a_restored_session_answers_the_same_without_reading_again(llm):

@@ -32,6 +32,10 @@ class ContextTooLongError(LongspanError, ValueError):
     """Tokens that must be read in one window are more than the window holds."""
 
 
+class PoolExhaustedError(LongspanError):
+    """Pages need more bytes than a budget has left; the message names the budget. Nothing was changed."""
+
+
 class SessionError(LongspanError):
     """A saved session that can't be used."""
 

@@ -46,6 +46,83 @@ def retrieval(q, k, v, window, sinks, chosen, neighbours, page=64):
     return per_query(q, k, v, keys)
 
 
+def rotated(x, positions, inv_freq):
+    """Rotate x [..., N, D] to positions [N]: channel i and channel i + half are one complex number."""
+    half = len(inv_freq)
+    turn = torch.polar(
+        torch.ones(len(positions), half).double(), torch.outer(torch.tensor(positions).double(), inv_freq)
+    )
+    pairs = torch.complex(x[..., :half].contiguous(), x[..., half : 2 * half].contiguous()) * turn
+    return torch.cat([pairs.real, pairs.imag, x[..., 2 * half :]], -1)
+
+
+def read_in_order(q, k, v, t, keys, inv_freq, trained):
+    """One query head at t that reads keys [F] (ascending): at their positions, or beyond `trained` at 0, 1, 2, ..."""
+    if inv_freq is None:
+        return allowed_softmax(q, k, v, keys)
+    own = trained is None or t < trained
+    q = rotated(q.unsqueeze(0), [t if own else len(keys) - 1], inv_freq)[0]
+    return allowed_softmax(q, rotated(k[keys], keys if own else list(range(len(keys))), inv_freq), v[keys], slice(None))
+
+
+def sparse_keys(t, window, sinks, density=1.0):
+    stride = math.ceil(math.sqrt(t + 1) / density)
+    return [j for j in range(t + 1) if t - j < window or j < sinks or (t - j) % stride == 0]
+
+
+def sparse(q, k, v, window, sinks, density=1.0, inv_freq=None, trained=None):
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(size) for size in q.shape[:3])).tolist():
+        t, one = k.shape[2] - q.shape[2] + i, h // (q.shape[1] // k.shape[1])
+        keys = sparse_keys(t, window, sinks, density)
+        out[b, h, i] = read_in_order(q[b, h, i], k[b, one], v[b, one], t, keys, inv_freq, trained)
+    return out
+
+
+def quest_blocks(q, k, t, start, budget, window, sinks, who, chosen_pages, block, inv_freq=None, trained=None):
+    """The blocks before `start` that each KV head reads for one position: q [Hq, D], k [Hkv, N, D]."""
+    heads, kv_heads, before = q.shape[0], k.shape[0], start // block
+    first = min(before, math.ceil(sinks / block))
+    read = max(math.ceil(sinks / block) + 1, (budget - (window + block - 1)) // block)
+    if who == "model":
+        order = [page * 64 // block + i for page in chosen_pages for i in range(64 // block)]
+        order = [p for p in order if first <= p < before]
+        return [[*range(first), *order][:read]] * kv_heads
+    if inv_freq is not None and (trained is None or t < trained):
+        q, k = rotated(q.unsqueeze(1), [t], inv_freq)[:, 0], rotated(k, list(range(k.shape[1])), inv_freq)
+    bound = torch.empty(heads, before, dtype=torch.float64)
+    for h in range(heads):
+        pages = k[h // (heads // kv_heads), : before * block].view(before, block, k.shape[-1])
+        bound[h] = torch.maximum(q[h] * pages.amin(1), q[h] * pages.amax(1)).sum(-1)
+    share = torch.softmax(bound / math.sqrt(q.shape[-1]), -1)
+    chosen = []
+    for one in range(kv_heads):
+        voters = range(heads) if who == "layer" else range(one * heads // kv_heads, (one + 1) * heads // kv_heads)
+        votes = sum(share[h] for h in voters)
+        best = sorted(range(first, before), key=lambda p: -float(votes[p]))
+        chosen.append([*range(first), *best][:read])
+    return chosen
+
+
+def quest(q, k, v, budget, window, sinks, who="head", chosen_pages=(), block=16, inv_freq=None, trained=None):
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[2]):
+            t = k.shape[2] - q.shape[2] + i
+            start = max(0, t - window + 1) // block * block
+            blocks = quest_blocks(
+                q[b, :, i], k[b], t, start, budget, window, sinks, who, chosen_pages, block, inv_freq, trained
+            )
+            for h in range(q.shape[1]):
+                one = h // (q.shape[1] // k.shape[1])
+                far = [p * block + j for p in sorted(blocks[one]) for j in range(block)]
+                keys = [*far, *range(start, t + 1)]
+                out[b, h, i] = read_in_order(q[b, h, i], k[b, one], v[b, one], t, keys, inv_freq, trained)
+    return out
+
+
 def superlinear_parts(t, window, power):
     """The rounded window and the anchors of a query at t, newest first, from the paper's definition."""
     steps = []

@@ -9,6 +9,7 @@ from longspan.attention import make
 from longspan.kv.base import PAGE
 from longspan.kv.pages import PagedKV, PagePool
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SUPERLINEAR = dict(window=70, spans=3, backward=3.0, forward=1.0, power=0.5, span_power=0.5)
 CASES = [
@@ -17,6 +18,11 @@ CASES = [
     ("streaming", dict(window=1, sinks=0), {}),
     ("retrieval", dict(window=33, sinks=3, neighbours=1), dict(chosen_pages=(1, 3))),
     ("retrieval", dict(window=40, sinks=0, neighbours=0), dict(chosen_pages=(0,))),
+    ("sparse", dict(window=40, sinks=3), {}),
+    ("sparse", dict(window=1, sinks=0, density=2.5), {}),
+    ("quest", dict(budget=128, window=20, sinks=3, who="head"), {}),
+    ("quest", dict(budget=64, window=1, sinks=0, who="layer"), {}),
+    ("quest", dict(budget=160, window=33, sinks=20, who="model"), dict(chosen_pages=(3, 0, 1))),
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "bounds"}, {}),
@@ -47,6 +53,10 @@ def expected(name, options, hints, q, k, v):
         return plain.retrieval(
             q, k, v, options["window"], options["sinks"], hints["chosen_pages"], options["neighbours"]
         )
+    if name == "sparse":
+        return plain.sparse(q, k, v, **options)
+    if name == "quest":
+        return plain.quest(q, k, v, **options, **hints)
     return plain.superlinear(q, k, v, **options)
 
 
@@ -76,6 +86,12 @@ EVERYTHING = [
     ("streaming", dict(window=4000, sinks=0), {}),
     ("streaming", dict(window=100, sinks=4000), {}),
     ("retrieval", dict(window=10, neighbours=1), dict(chosen_pages=tuple(range(0, 40, 2)))),
+    ("sparse", dict(window=4000), {}),
+    ("sparse", dict(window=1, sinks=4000), {}),
+    ("sparse", dict(window=1, sinks=0, density=100.0), {}),
+    ("quest", dict(budget=900, window=1, sinks=0, who="head"), {}),
+    ("quest", dict(budget=900, window=33, sinks=70, who="layer"), {}),
+    ("quest", dict(budget=900, window=1, who="model"), dict(chosen_pages=tuple(range(15, -1, -1)))),
     ("superlinear", dict(window=4000), {}),
     ("superlinear", dict(window=8, spans=1, backward=1e6, forward=1e6), {}),
     ("superlinear", dict(window=8, spans=64, gate="joint"), {}),
@@ -151,7 +167,7 @@ def test_a_page_table_in_any_order_gives_the_same(name, options, hints):
     from longspan.attention.base import Hints
 
     q, k, v = inputs(7, 63, 900, 3)
-    hint = Hints(chosen_pages=tuple(hints.get("chosen_pages", ())))
+    hint = Hints(chosen_pages=tuple(hints.get("chosen_pages", ())), layer=9)
     truth = attend(q, k, v, name, **hints, **options)
     pool = PagePool(2, 16, 16, torch.float64, torch.device("cpu"))
     pool.reserve(25)

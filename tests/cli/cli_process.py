@@ -62,7 +62,9 @@ class Terminal:
                 self.shown += os.read(self.end, 65536).decode(errors="replace")
             except OSError as error:  # Linux: the other end was closed
                 raise AssertionError(f"ended before {wanted!r}, shown: {self.shown!r}") from error
-        shown, self.shown = self.shown, ""
+        # What came in the same piece after the words waited for belongs to the next wait.
+        end = self.shown.index(wanted) + len(wanted) if isinstance(wanted, str) else len(self.shown)
+        shown, self.shown = self.shown[:end], self.shown[end:]
         return shown
 
     def finish(self, seconds: float = 60.0) -> int:

@@ -11,6 +11,7 @@ import pytest
 from cli_process import command
 
 KEYS = {
+    "quote",
     "answer",
     "citations",
     "session",
@@ -193,7 +194,7 @@ def test_a_session_of_another_attention_is_refused(cli) -> None:
 
 
 def test_a_bug_is_one_line_and_a_traceback_only_on_request(cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr("longspan.cli.work.load", broken)

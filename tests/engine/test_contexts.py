@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_llama import CHUNK, SPECS
 
 from longspan.attention import Mechanism, make, parse
 from longspan.engine.contexts import IndexContext, KVContext
 from longspan.errors import SessionCorruptError
 from longspan.kv.base import PAGE
 from longspan.retrieval.heads import RetrievalHeads
+from tiny_llama import CHUNK, SPECS
 
 HEADS = RetrievalHeads(((1, 0), (2, 1), (2, 3)))
 KV_SPECS = [spec for spec in SPECS if spec != "retrieval:window=128,pages=2"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_llama import CHUNK, SPECS, WINDOW
 from transformers import AutoModelForCausalLM
 
 from longspan import LLM
@@ -12,6 +11,7 @@ from longspan.engine.contexts import IndexContext, KVContext
 from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, DocumentError, UnknownNameError, UsageError
 from longspan.sessions.session import Turn
+from tiny_llama import CHUNK, SPECS, WINDOW
 
 QUESTION = "What is the code of the tower?"
 OTHER = "Which street has the museum?"

@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
-from tiny_llama import CHUNK, SPECS, WINDOW, save_model
 
 from longspan import LLM
 from longspan.errors import SaveError, SessionCorruptError, SessionMismatchError, UsageError
 from longspan.hf.loading import load
 from longspan.sessions.store import SessionStore
+from tiny_llama import CHUNK, SPECS, WINDOW, save_model
 
 QUESTION = "What is the code of the tower?"
 

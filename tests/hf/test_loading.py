@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny_llama import save_model, save_tokenizer
 
 from longspan.errors import ModelError, UnknownNameError, UsageError
 from longspan.hf.loading import load, pick_device, pick_dtype
+from tiny_llama import save_model, save_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ class Checked:
 
     def __init__(self):
         self.kv = PagedKV(new_pool(), ROTARY)
-        self.tokens, self.dropped, self.next, self.bounds_known = [], set(), 0, 0
+        self.tokens, self.dropped, self.next, self.known = [], set(), 0, {PAGE: 0, 16: 0, 2 * PAGE: 0}
 
     def append(self, count):
         if len(self.tokens) % PAGE and len(self.tokens) // PAGE in self.dropped:
@@ -49,7 +49,7 @@ class Checked:
         self.kv.truncate(length)
         del self.tokens[length:]
         self.dropped = {page for page in self.dropped if page * PAGE < length}
-        self.bounds_known = min(self.bounds_known, length // PAGE)
+        self.known = {block: min(count, length // block) for block, count in self.known.items()}
 
     def drop(self, shares):
         start, stop = sorted(int(len(self.tokens) * share) for share in shares)
@@ -61,12 +61,11 @@ class Checked:
         if fresh:
             self.kv = PagedKV(new_pool(), ROTARY)
         self.kv.restore("x.", len(self.tokens), saved)
-        self.bounds_known = 0
 
     def check(self):
         kv, pool, length = self.kv, self.kv.pool, len(self.tokens)
         used = [slot for slot in kv.table if slot >= 0]
-        assert sorted(used + pool._free) == list(range(pool.slots)), "a slot is lost, or used twice"
+        assert sorted(used + pool.native.free_slots) == list(range(pool.slots)), "a slot is lost, or used twice"
         assert kv.length == length
         assert kv.pages_held == len(used) == -(-length // PAGE) - len(self.dropped)
         poison(kv)
@@ -80,7 +79,7 @@ class Checked:
                 stop = min(stop + PAGE, length)
             self.check_range(start, stop)
             start = stop
-        self.check_bounds()
+        self.check_summaries()
 
     def check_range(self, start, stop):
         kv = self.kv
@@ -96,23 +95,33 @@ class Checked:
         assert torch.equal(kv.gather_keys(index), key_of(wanted).unflatten(2, (2, 2)))
         assert torch.equal(kv.gather_values(index), value_of(wanted).unflatten(2, (2, 2)))
 
-    def check_bounds(self):
-        full = len(self.tokens) // PAGE
-        if any(page in self.dropped for page in range(self.bounds_known, full)):
-            return  # bounds of a page must be asked for before it is dropped
-        lowest, highest = self.kv.page_bounds()
-        self.bounds_known = full
-        pages = key_of(self.tokens[: full * PAGE]).unflatten(2, (full, PAGE))
-        assert lowest.shape == highest.shape == (1, HEADS, full, DIM)
-        if full:
-            assert torch.equal(lowest, pages.amin(3))
-            assert torch.equal(highest, pages.amax(3))
+    def check_summaries(self):
+        for block, known in self.known.items():
+            blocks = len(self.tokens) // block
+            # A summary that the pool does not keep must be asked for before a page of its block is dropped.
+            if any(page in self.dropped for page in range(known * block // PAGE, -(-blocks * block // PAGE))):
+                continue
+            self.known[block] = blocks
+            k, v = key_of(self.tokens[: blocks * block]), value_of(self.tokens[: blocks * block])
+            rotated = ROTARY.range(k, 0)
+            for what, rows in (("lowest", k), ("highest_rotated", rotated), ("mean_key", k), ("mean_value", v)):
+                expected = plain_summary(what, rows.unflatten(2, (blocks, block)))
+                torch.testing.assert_close(self.kv.summary(what, block), expected, atol=1e-12, rtol=0)
+
+
+def plain_summary(what, blocks):
+    """Token by token, `[..., n, D]` of blocks `[..., n, block, D]`."""
+    out = blocks[..., 0, :].clone()
+    for i in range(1, blocks.shape[-2]):
+        row = blocks[..., i, :]
+        out = torch.minimum(out, row) if "low" in what else torch.maximum(out, row) if "high" in what else out + row
+    return out / blocks.shape[-2] if "mean" in what else out
 
 
 def poison(kv):
     """Fill whatever holds no token with NaN, so that reading it shows."""
     for tensor in (kv.pool.keys, kv.pool.values):
-        tensor[:, kv.pool._free] = float("nan")
+        tensor[:, kv.pool.native.free_slots] = float("nan")
         if kv.length % PAGE and kv.table[-1] >= 0:
             tensor[:, kv.table[-1], kv.length % PAGE :] = float("nan")
 
@@ -146,7 +155,7 @@ def test_neighbouring_slots_are_read_without_a_copy():
     kv = filled(5 * PAGE)
     assert kv.keys(70, 200).data_ptr() == kv.pool.keys[:, 1, 6].data_ptr()
     kv.truncate(0)
-    kv.pool._free.sort()  # the highest slot is taken first from here on
+    kv.pool.native.free_slots.sort()  # the highest slot is taken first from here on
     kv.append(key_of(range(200)), value_of(range(200)))
     assert kv.table != sorted(kv.table)
     assert torch.equal(kv.keys(70, 200), key_of(range(70, 200)))
@@ -187,18 +196,18 @@ def test_reading_a_dropped_page_is_refused():
     assert torch.equal(kv.keys(0, PAGE), key_of(range(PAGE)))
 
 
-def test_bounds_follow_truncation_and_new_tokens():
+def test_summaries_follow_truncation_and_new_tokens():
     kv = filled(3 * PAGE)
-    kv.page_bounds()
+    kv.summary("lowest"), kv.summary("highest", 16)
     kv.truncate(PAGE + 5)
-    assert kv.page_bounds()[0].shape[2] == 1
+    assert kv.summary("lowest").shape[2] == 1 and kv.summary("highest", 16).shape[2] == 4
     kv.append(10 + key_of(range(2 * PAGE)), value_of(range(2 * PAGE)))
-    lowest, highest = kv.page_bounds()
     held = torch.cat([key_of(range(PAGE + 5)), 10 + key_of(range(2 * PAGE))], 2)[:, :, : 3 * PAGE]
-    assert torch.equal(lowest, held.unflatten(2, (3, PAGE)).amin(3))
-    assert torch.equal(highest, held.unflatten(2, (3, PAGE)).amax(3))
-    plain = TensorKV(held, held).page_bounds()
-    assert torch.equal(plain[0], lowest) and torch.equal(plain[1], highest)
+    assert torch.equal(kv.summary("lowest"), held.unflatten(2, (3, PAGE)).amin(3))
+    assert torch.equal(kv.summary("highest", 16), held.unflatten(2, (12, 16)).amax(3))
+    plain = TensorKV(held, held)
+    assert torch.equal(plain.summary("lowest"), kv.summary("lowest"))
+    assert torch.equal(plain.summary("highest", 16), kv.summary("highest", 16))
 
 
 def test_rotated_keys_are_not_kept_beyond_a_truncation():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -186,3 +188,19 @@ def test_importing_the_module_is_cheap():
         "sys.exit(any(m in sys.modules for m in ('bm25s', 'Stemmer', 'markitdown', 'charset_normalizer')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_jax_is_not_started(tmp_path):
+    """bm25s would start it where it is installed, and it takes most of a GPU's memory."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("print('started')")
+    code = "from longspan.retrieval.lexical import LexicalIndex as L; L(['a fox']).scores('fox'); import jax"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "started\n"  # once, by the last import alone

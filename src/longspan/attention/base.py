@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import UsageError
-from longspan.kv.base import LayerKV
+from longspan.kv.base import PAGE, LayerKV
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Cost:
     """FLOPs of the whole prefill of n tokens."""
     kept_bytes: float
     """Bytes that must be kept for the next token."""
+    decode_keys: float = 0.0
+    """Keys and summaries that one query head scores or reads in one decode step."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Hints:
     routing_query: Tensor | None = None
     """`[B, Hq, T, D]`: the query that searches, where the model has one of its own (superlinear)."""
     chosen_pages: tuple[int, ...] = ()
-    """Pages chosen for this question (retrieval)."""
+    """Pages of 64 tokens chosen for this question by the model's retrieval heads (retrieval, and `who=model`)."""
+    layer: int = 0
+    """Which layer attends, from 0: some mechanisms leave the first layers dense."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,16 @@ class Mechanism(ABC):
     """How a decode step's work grows with the context n."""
     beyond_window: ClassVar[bool] = True
     """Whether positions stay within what the model was trained on, however long the context."""
+    chooses: ClassVar[bool] = False
+    """Whether it keeps everything and chooses what a query reads; such a mechanism has `within`."""
+    adapts: ClassVar[bool] = False
+    """Whether it still reads pages of which only summaries are held, so that a byte budget can demote cold ones."""
+    prefills: ClassVar[bool] = True
+    """Whether documents are read by it; False: its paper chooses in decode only, and prefill is another mechanism's."""
+    prefill_only: ClassVar[bool] = False
+    """Whether it makes prefill cheaper and decodes as dense does; its blocks of queries must not be split."""
+    block: ClassVar[int] = PAGE
+    """Tokens that it chooses together (for `prefill_only`: that a chunk must be a multiple of)."""
     tile: ClassVar[int] = 256
     """Queries that are read together on a CPU."""
     gpu_tile: ClassVar[int] = 2048
@@ -124,6 +138,24 @@ class Mechanism(ABC):
     def dropped(self, length: int) -> tuple[int, int]:
         """Return the tokens `start .. stop - 1` that no later query reads at a context of `length`."""
         return (0, 0)
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """Return which summaries of its blocks it reads (`kv.base.SUMMARIES`), so that pages keep them up to date."""
+        return ()
+
+    @property
+    def wanted_pages(self) -> int:
+        """Return how many pages it wants the model's retrieval heads to choose for a question; 0: none."""
+        return 0
+
+    def within(self, keys: int, n: int) -> Mechanism:
+        """Return this mechanism with its options set so that a query reads about `keys` of a context's n keys.
+
+        Raises:
+            UsageError: it has no such option, or `keys` is too few for it.
+        """
+        raise UsageError(f"attention {self.name!r} reads no budget of keys: choose one that does")
 
     def describe(self) -> str:
         """Return the specification that makes this mechanism again, without options at their defaults."""

@@ -55,4 +55,5 @@ class Dense(Mechanism):
             decode_bytes=n * shape.token_bytes,
             prefill_flops=n * shape.read_flops((n + 1) / 2),
             kept_bytes=n * shape.token_bytes,
+            decode_keys=n,
         )

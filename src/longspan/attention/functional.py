@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ def attend(
     scale: float | None = None,
     routing_query: Tensor | None = None,
     chosen_pages: Sequence[int] = (),
+    layer: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Attend causally from the last T positions of a context, by any registered mechanism.
@@ -33,7 +35,10 @@ def attend(
         mechanism: a name of the registry, or a mechanism.
         scale: what scores are multiplied by; None: `1/sqrt(D)`.
         routing_query: `[B, Hq, T, D]`, what superlinear searches with; None: q itself.
-        chosen_pages: pages of 64 tokens that retrieval reads beside its sinks and window.
+        chosen_pages: pages of 64 tokens that retrieval, or a mechanism with `who=model`, reads beside sinks and window,
+            the best first.
+        layer: which layer of a model this is, from 0, for mechanisms that leave the first layers dense; None: one
+            beyond those.
         **options: the mechanism's dataclass fields.
 
     Returns:
@@ -51,7 +56,11 @@ def attend(
         chosen = make(mechanism, **options)
     if q.shape[2] == 0:
         return q.new_empty(*q.shape[:3], v.shape[-1])
-    hints = Hints(routing_query=routing_query, chosen_pages=tuple(int(page) for page in chosen_pages))
+    hints = Hints(
+        routing_query=routing_query,
+        chosen_pages=tuple(int(page) for page in chosen_pages),
+        layer=sys.maxsize if layer is None else layer,
+    )
     return chosen.attend(q, TensorKV(k, v), scale=scale, hints=hints)
 
 

@@ -26,8 +26,12 @@ def register(name: str, home: str) -> None:
 
 register("dense", "longspan.attention.dense:Dense")
 register("streaming", "longspan.attention.streaming:Streaming")
+register("sparse", "longspan.attention.sparse:Sparse")
 register("superlinear", "longspan.attention.superlinear:Superlinear")
+register("quest", "longspan.attention.quest:Quest")
+register("tree", "longspan.attention.tree:Tree")
 register("retrieval", "longspan.attention.retrieval:Retrieval")
+register("xattention", "longspan.attention.xattention:XAttention")
 
 
 def names() -> list[str]:

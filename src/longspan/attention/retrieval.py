@@ -13,7 +13,7 @@ pages' text is read again, densely, in the model's own window, and only tokens a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -43,10 +43,13 @@ class Retrieval(Mechanism):
     """`again`: in the model's own window; `place`: attended to where they lie."""
     lexical: bool = True
     """Whether a lexical index over the same pages (BM25) joins in choosing."""
+    quote: bool = True
+    """Whether the sentences read are quoted where the answer's own words do not stand in them (with `focus`)."""
 
     name: ClassVar[str] = "retrieval"
     about: ClassVar[str] = "a few pages, chosen once a question by the model's retrieval heads"
     source: ClassVar[str] = "arXiv 2404.15574, 2502.12962"
+    chooses: ClassVar[bool] = True
     decode_order: ClassVar[str] = "1 (n once a question)"
 
     def __post_init__(self) -> None:
@@ -74,6 +77,17 @@ class Retrieval(Mechanism):
             wanted[max(0, page - self.neighbours) * PAGE : max(0, page + self.neighbours + 1) * PAGE] = True
         return wanted.nonzero().squeeze(1)
 
+    @property
+    def wanted_pages(self) -> int:
+        """See `Mechanism.wanted_pages`."""
+        return self.pages
+
+    def within(self, keys: int, n: int) -> Mechanism:
+        """See `Mechanism.within`: half for the window, half for the pages."""
+        passage = (2 * self.neighbours + 1) * PAGE
+        pages = max(1, (keys // 2 - self.sinks) // passage)
+        return replace(self, window=max(1, keys - self.sinks - pages * passage), pages=pages)
+
     def cost(self, n: int, shape: Shape) -> Cost:
         """See `Mechanism.cost`; one layer's share of the search is that of a single KV head's keys."""
         chosen = self.pages * (2 * self.neighbours + 1) * PAGE
@@ -85,4 +99,5 @@ class Retrieval(Mechanism):
             decode_bytes=keys * shape.token_bytes + n * shape.head_dim * shape.kv_bytes,
             prefill_flops=n * shape.read_flops(min(n, self.sinks + self.window)),
             kept_bytes=n * (shape.head_dim * shape.kv_bytes if again else shape.token_bytes),
+            decode_keys=keys,
         )

@@ -52,7 +52,7 @@ def attend_spans(
         for h in range(kv_heads):
             order = torch.argsort(torch.where(lo[b, h] <= hi[b, h], lo[b, h], torch.iinfo(torch.int64).max))
             order = order[: int((lo[b, h] <= hi[b, h]).sum())]
-            for chosen in order.split(GPU_GROUP if q.is_cuda else GROUP):
+            for chosen in _groups(lo[b, h, order], hi[b, h, order], order, GPU_GROUP if q.is_cuda else GROUP):
                 begin, end = lo[b, h, chosen], hi[b, h, chosen]
                 start, stop = int(begin.min()), int(end.max()) + 1
                 keys_at = torch.arange(start, stop, device=q.device)
@@ -62,6 +62,19 @@ def attend_spans(
                 part, part_lse = partial_attention(rows[b, h, chosen][None, None], k, v, mask, scale=scale)
                 out[b, h, chosen], lse[b, h, chosen] = part[0, 0], part_lse[0, 0]
     return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
+
+
+def _groups(begin: Tensor, end: Tensor, rows: Tensor, size: int) -> list[Tensor]:
+    """Cut rows, sorted by where their spans begin, into groups of at most `size` that lie close together.
+
+    A group also ends where more keys than the longest span has lie unread before the next one: a decode step has so few
+    rows that one group would read nearly the whole context. What is read stays below twice the spans' own lengths.
+    """
+    if rows.numel() < 2:
+        return [rows] if rows.numel() else []
+    gaps = begin[1:] - torch.cummax(end, 0).values[:-1] > (end - begin).max()
+    pieces = torch.tensor_split(rows, (gaps.nonzero().flatten() + 1).cpu())
+    return [group for piece in pieces for group in piece.split(size)]
 
 
 def disjoint(lo: Tensor, hi: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:

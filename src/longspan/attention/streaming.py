@@ -7,7 +7,7 @@ it was not trained on. What lies between is dropped, and forgotten.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,10 @@ class Streaming(Mechanism):
             return near[0]
         return merge_partials(torch.stack([near[0], far[0]]), torch.stack([near[1], far[1]]))[0]
 
+    def within(self, keys: int, n: int) -> Mechanism:
+        """See `Mechanism.within`."""
+        return replace(self, window=keys - self.sinks)
+
     def dropped(self, length: int) -> tuple[int, int]:
         """See `Mechanism.dropped`."""
         return (min(self.sinks, length), max(min(self.sinks, length), length - self.window + 1))
@@ -59,4 +63,5 @@ class Streaming(Mechanism):
             decode_bytes=keys * shape.token_bytes,
             prefill_flops=n * shape.read_flops(keys),
             kept_bytes=keys * shape.token_bytes,
+            decode_keys=keys,
         )

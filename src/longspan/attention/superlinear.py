@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -79,6 +79,7 @@ class Superlinear(Mechanism):
     name: ClassVar[str] = "superlinear"
     about: ClassVar[str] = "a window and the spans around the best of sqrt(n) anchors"
     source: ClassVar[str] = "arXiv 2601.18401"
+    chooses: ClassVar[bool] = True
     decode_order: ClassVar[str] = "n^0.5"
     tile: ClassVar[int] = 64
 
@@ -182,11 +183,12 @@ class Superlinear(Mechanism):
             return _dot(q, kv.gather_keys(anchors).to(q.dtype))
         # Anchors of one page must score exactly alike for ties to be ties, so each page is scored once.
         pages, which = torch.unique(anchors // PAGE, return_inverse=True)
-        lowest, highest = (bound[:, :, pages.to(bound.device)].to(q.dtype) for bound in kv.page_bounds())
+        bounds = (kv.summary(what) for what in ("lowest", "highest"))
+        lowest, highest = (bound[:, :, pages.to(bound.device)].to(q.dtype) for bound in bounds)
         batch, heads, count, dim = q.shape
         grouped = q.reshape(batch, lowest.shape[1], -1, dim)
-        bounds = grouped.clamp(min=0) @ highest.mT + grouped.clamp(max=0) @ lowest.mT
-        return bounds.view(batch, heads, count, -1).gather(-1, which.to(q.device).expand(batch, heads, -1, -1))
+        scores = grouped.clamp(min=0) @ highest.mT + grouped.clamp(max=0) @ lowest.mT
+        return scores.view(batch, heads, count, -1).gather(-1, which.to(q.device).expand(batch, heads, -1, -1))
 
     def _shifts(self, kv: LayerKV, first: int, count: int, hi: Tensor) -> Tensor:
         """Return by how many positions each span `[B, Hq, T, S]` is brought nearer to its query."""
@@ -196,6 +198,19 @@ class Superlinear(Mechanism):
         at = torch.arange(first, first + count, device=hi.device).view(1, 1, -1, 1)
         beyond = at >= rotary.trained_length
         return torch.where(beyond, at - self.whole_window - hi, torch.zeros_like(hi))
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """See `Mechanism.summaries`."""
+        return ("lowest", "highest") if self.summary == "bounds" else ()
+
+    def within(self, keys: int, n: int) -> Mechanism:
+        """See `Mechanism.within`: half for the window, half for the spans, in their present proportions."""
+        length = self.backward + self.forward
+        if not self.spans or not length:
+            return replace(self, window=keys)
+        longer = keys / 2 / (self.spans * length * float(n) ** self.span_power)
+        return replace(self, window=keys // 2, backward=self.backward * longer, forward=self.forward * longer)
 
     def cost(self, n: int, shape: Shape) -> Cost:
         """See `Mechanism.cost`."""
@@ -219,6 +234,7 @@ class Superlinear(Mechanism):
             decode_bytes=min(n, self.whole_window) * shape.token_bytes + span_bytes + searched,
             prefill_flops=prefill,
             kept_bytes=n * shape.token_bytes,
+            decode_keys=keys + anchors,
         )
 
 

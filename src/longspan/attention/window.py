@@ -15,21 +15,22 @@ from longspan.kernels.partial_attention import partial_attention
 from longspan.kv.base import LayerKV
 
 
-def attend_window(q: Tensor, kv: LayerKV, first: int, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def attend_window(q: Tensor, kv: LayerKV, first: int, window: int | Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend to the window alone.
 
     Args:
         q: unrotated queries `[B, Hq, T, D]` of the positions `first .. first + T - 1`.
         kv: the layer.
         first: position of the first query.
-        window: keys that each query sees, its own included.
+        window: keys that each query sees, its own included; a tensor `[T]`: each its own number.
         scale: what scores are multiplied by.
 
     Returns:
         `(out [B, Hq, T, Dv], lse [B, Hq, T])`.
     """
     stop = first + q.shape[2]
-    oldest = max(0, first - window + 1)
+    spread = torch.as_tensor(window).expand(q.shape[2])
+    oldest = max(0, int((torch.arange(first, stop) - spread).min()) + 1)
     at = torch.arange(first, stop, device=q.device)
     keys_at = torch.arange(oldest, stop, device=q.device)
     q = kv.queries_at(q, at)
@@ -37,7 +38,7 @@ def attend_window(q: Tensor, kv: LayerKV, first: int, window: int, scale: float)
     v = kv.values(oldest, stop).to(q.dtype)
     if q.shape[2] == 1:
         return partial_attention(q, k, v, scale=scale)
-    mask = (keys_at <= at.unsqueeze(1)) & (keys_at > at.unsqueeze(1) - window)
+    mask = (keys_at <= at.unsqueeze(1)) & (keys_at > (at - spread.to(q.device)).unsqueeze(1))
     return partial_attention(q, k, v, mask, scale=scale)
 
 

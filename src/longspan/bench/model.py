@@ -8,7 +8,6 @@ is timed. Times are medians; runs of the two sides alternate, so that a busy mac
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -21,12 +20,13 @@ from torch import Tensor
 from longspan.attention import Mechanism, parse
 from longspan.engine.contexts import CHUNK, GPU_CHUNK, Context, IndexContext, KVContext
 from longspan.engine.llm import LLM
-from longspan.errors import LongspanError
+from longspan.errors import UsageError
+from longspan.evals.arguments import guarded, parser, say, specs_of
 from longspan.evals.environment import environment
 from longspan.evals.haystack import prose
-from longspan.evals.needle import tokens_of
 from longspan.hf.loading import plain_transformers
 from longspan.hf.model import CausalModel
+from longspan.lengths import lengths_of
 
 _DECODED = 24
 
@@ -113,25 +113,27 @@ def measure(llm: LLM, plain: Any, specs: list[str], length: int, repeats: int) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; prints a table, or with --json one JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m longspan.bench.model", description=__doc__)
-    parser.add_argument("--model", default=None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--mechanisms", default="dense streaming superlinear retrieval")
-    parser.add_argument("--lengths", default="1K,4K,8000")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    try:
-        llm = LLM(given.model, device=given.device)
-        plain = plain_transformers(llm.model)
-        rows = []
-        for length in map(tokens_of, given.lengths.split(",")):
-            rows += measure(llm, plain, given.mechanisms.split(), length, given.repeats)
-            print(f"{length} done", file=sys.stderr)
-    except LongspanError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    return guarded("bench", lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    made = parser(
+        "longspan.bench.model",
+        (__doc__ or "").splitlines()[0],
+        mechanisms="dense streaming superlinear retrieval",
+        lengths="1K,4K,8000",
+    )
+    made.add_argument("--repeats", type=int, default=3, metavar="N", help="of which medians; default: %(default)s")
+    given = made.parse_args(arguments)
+    specs, lengths = specs_of(given.mechanisms), lengths_of(given.lengths)
+    if given.repeats < 1:
+        raise UsageError(f"--repeats {given.repeats} measures nothing: give at least 1")
+    llm = LLM(given.model, device=given.device)
+    plain = plain_transformers(llm.model)
+    rows = []
+    for length in lengths:
+        rows += measure(llm, plain, specs, length, given.repeats)
+        say(f"{length} done")
     if given.json:
         print(json.dumps({**environment(llm.model.device, "longspan.bench.model", arguments), "rows": rows}))
         return 0

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import longspan
-from longspan.cli import ask, chat, demo, output, show
+from longspan.cli import ask, chat, demo, evals, output, show
 
 __all__ = ["app", "main", "run"]
 
@@ -57,6 +57,7 @@ ask.add_to(app)
 chat.add_to(app)
 demo.add_to(app)
 show.add_to(app)
+evals.add_to(app)
 
 
 def run(arguments: Sequence[str]) -> int:

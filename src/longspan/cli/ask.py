@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog='Example: longspan ask "When does the lease end?" --doc lease.pdf')(ask)
+    app.command(epilog='Example: longspan ask "When does the lease end?" --doc lease.pdf')(options.sampled(ask))
 
 
 def ask(
@@ -26,15 +26,13 @@ def ask(
     doc: options.Documents = None,
     model: options.Model = None,
     attention: options.Attention = None,
+    prefill: options.Prefill = None,
+    kv: options.KVFormat = "auto",
+    kv_budget: options.KVBudget = None,
     session: options.SessionName = None,
-    max_tokens: options.MaxTokens = 256,
     device: options.Device = "auto",
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    *,
+    sampling: options.Sampling,
     json: options.AsJson = False,
 ) -> None:
     """Ask a question about documents, or about a saved session.
@@ -49,18 +47,8 @@ def ask(
     with Progress() as progress:
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
-        from longspan.engine.sampler import SamplingParams
-
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-        )
-        llm = work.load(model, attention, device, progress)
+        params = sampling.params()
+        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget)
         if session is not None:
             progress.busy(f"opening the session {session}")
         opened = llm.session(session)
@@ -114,5 +102,6 @@ def _as_json(answer: Answer, read: Stats, session: str | None, reading: Reading)
         "model": answer.model,
         "finish_reason": answer.finish_reason,
         "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in reading.skipped],
+        "quote": answer.quote.strip() or None,
         "notes": list(answer.notes),
     }

@@ -36,22 +36,20 @@ _CITED = 3
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog="Example: longspan chat --doc handbook.pdf --session hb")(chat)
+    app.command(epilog="Example: longspan chat --doc handbook.pdf --session hb")(options.sampled(chat))
 
 
 def chat(
     doc: options.Documents = None,
     model: options.Model = None,
     attention: options.Attention = None,
+    prefill: options.Prefill = None,
+    kv: options.KVFormat = "auto",
+    kv_budget: options.KVBudget = None,
     session: options.SessionName = None,
-    max_tokens: options.MaxTokens = 256,
     device: options.Device = "auto",
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    *,
+    sampling: options.Sampling,
 ) -> None:
     """Ask question after question, about documents or without any.
 
@@ -63,18 +61,8 @@ def chat(
     with Progress() as progress:
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
-        from longspan.engine.sampler import SamplingParams
-
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-        )
-        llm = work.load(model, attention, device, progress)
+        params = sampling.params()
+        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget)
         talk = _Chat(llm, llm.session(session), params, progress)
         talk.read(reading.documents)
         talk.greet()

@@ -1,10 +1,21 @@
-"""Options that several commands share, with their help."""
+"""Options that several commands share, with their help.
+
+How an answer is sampled is asked for by a whole group of them: a command that answers takes one `Sampling`, and
+`sampled` makes it the options that it stands for. It loads nothing heavy.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from longspan.engine.sampler import SamplingParams
 
 Documents = Annotated[
     list[str] | None,
@@ -32,6 +43,22 @@ Attention = Annotated[
         "Default: dense as long as everything fits the model's window, retrieval beyond.",
     ),
 ]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill",
+        metavar="SPEC",
+        help="How documents are read, such as xattention:threshold=0.9. Default: as --attention, or densely where "
+        "that chooses only for answers.",
+    ),
+]
+KVFormat = Annotated[
+    str, typer.Option("--kv", metavar="FORMAT", help="How keys and values are kept: auto, fp32, fp16, bf16 or fp8.")
+]
+KVBudget = Annotated[
+    str | None,
+    typer.Option("--kv-budget", metavar="BYTES", help="Most memory for keys and values, such as 8GiB or 500MB."),
+]
 SessionName = Annotated[
     str | None,
     typer.Option(
@@ -53,3 +80,49 @@ Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends the answer; may be given several times.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled and where they end: every field is an option."""
+
+    max_tokens: MaxTokens = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    seed: Seed = None
+    stop: Stop = None
+
+    def params(self) -> SamplingParams:
+        """Return them as the engine takes them (UsageError: one is out of range)."""
+        from longspan.engine.sampler import SamplingParams
+
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return SamplingParams(**{**given, "stop": tuple(self.stop or ())})
+
+
+def sampled(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that has the options of `Sampling` in place of its parameter `sampling`.
+
+    typer reads options off a function's signature and knows no groups of them, so the signature is made here.
+    """
+    hints = typing.get_type_hints(Sampling, include_extras=True)
+    own = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(Sampling)
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        named = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += own if parameter.name == "sampling" else [named]
+
+    def with_options(**given: Any) -> None:
+        command(sampling=Sampling(**{each.name: given.pop(each.name) for each in own}), **given)
+
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return with_options

@@ -20,6 +20,7 @@ from longspan.errors import Cancelled, LongspanError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from longspan.engine.generation import Citation, Stats
 
@@ -75,6 +76,17 @@ def write_rich(*what: RenderableType) -> None:
         for each in what:
             console.print(each)
     write("\n".join(line.rstrip() for line in captured.get().split("\n")))
+
+
+def table(*titles: str) -> Table:
+    """Return an empty table; a title that begins with > stands over numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in titles:
+        made.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
+    return made
 
 
 def say(line: str, *, dim: bool = False) -> None:

@@ -17,8 +17,6 @@ from longspan.cli import options, output
 from longspan.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from longspan.sessions.store import SessionInfo
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")]
@@ -61,7 +59,7 @@ def session_ls(json: options.AsJson = False) -> None:
             f"No session is saved in {store.root}. Make one: longspan ask QUESTION --doc PATH --session NAME\n"
         )
     else:
-        table = _table("name", "documents", "tokens read", ">size", "saved")
+        table = output.table("name", "documents", "tokens read", ">size", "saved")
         for info in infos:
             about = _session_json(info)
             if info.problem:
@@ -93,7 +91,7 @@ def session_show(name: Name, json: options.AsJson = False) -> None:
     output.write(
         f"{read} of {about['tokens']:,} tokens read, {output.counted(about['turns'], 'question')} remembered\n"
     )
-    table = _table("document", ">tokens")
+    table = output.table("document", ">tokens")
     for document in about["documents"]:
         table.add_row(document["name"], f"{document['tokens']:,}")
     output.write_rich("", table)
@@ -150,7 +148,7 @@ def models(json: options.AsJson = False) -> None:
     if json:
         output.write_json({"models": listed, "cache": str(cache), "converted": converted, "calibrations": calibrations})
         return
-    table = _table("name", "model", ">size", "licence", "fetched")
+    table = output.table("name", "model", ">size", "licence", "fetched")
     for each in listed:
         name = f"{each['name']} (default)" if each["default"] else str(each["name"])
         fetched = "yes" if each["cached"] else "on first use"
@@ -185,7 +183,7 @@ def attention(json: options.AsJson = False) -> None:
     if json:
         output.write_json(listed)
         return
-    table = _table("name", "exact", "bounded memory", "needs training", "decode work", "paper")
+    table = output.table("name", "exact", "bounded memory", "needs training", "decode work", "paper")
     for each in listed:
         marks = ["yes" if each[key] else "no" for key in ("exact", "bounded_memory", "needs_training")]
         table.add_row(each["name"], *marks, each["decode_order"], each["source"])
@@ -236,17 +234,6 @@ def _session_json(info: SessionInfo) -> dict[str, Any]:
         "model": info.identity.get("model"),
         "problem": info.problem,
     }
-
-
-def _table(*titles: str) -> Table:
-    """Return an empty table; a title that begins with > stands over numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title in titles:
-        table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
-    return table
 
 
 def _when(iso: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from longspan.cli import output
 from longspan.cli.progress import Progress
 from longspan.errors import Cancelled, UsageError
+from longspan.lengths import bytes_of
 
 if TYPE_CHECKING:
     from longspan.engine.generation import Answer, Generation, Stats
@@ -63,14 +64,25 @@ def check_session(name: str | None, has_documents: bool, *, needs_documents: boo
         )
 
 
-def load(model: str | None, attention: str | None, device: str, progress: Progress) -> LLM:
+def load(
+    model: str | None,
+    attention: str | None,
+    device: str,
+    progress: Progress,
+    *,
+    prefill: str | None = None,
+    kv: str = "auto",
+    kv_budget: str | None = None,
+) -> LLM:
     """Load the model (errors as `LLM`)."""
     from longspan import settings
+
+    limit = None if kv_budget is None else bytes_of(kv_budget)
 
     progress.busy(f"loading {model or settings.default_model()}")
     from longspan.engine.llm import LLM
 
-    return LLM(model, attention, device, say=progress.say)
+    return LLM(model, attention, device, prefill=prefill, kv=kv, kv_budget=limit, say=progress.say)
 
 
 def add(llm: LLM, session: Session, documents: Sequence[Document], progress: Progress) -> bool:

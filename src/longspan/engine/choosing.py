@@ -7,7 +7,7 @@ small weight. It does not answer, and it does not know how chosen text is read.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from longspan.retrieval.sentences import Sentence
 from longspan.sessions.session import Passage, Session
 
 LEXICAL_WEIGHT = 0.1
-"""Weight of the lexical vote beside the retrieval heads'; see docs/experiments.md."""
+"""Weight of the lexical vote for pages beside the retrieval heads'; see docs/experiments.md."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Chooser:
                 words = torch.where(votes.sum(0) > 0, words, torch.zeros_like(words))
         pages = choose_pages(votes, count, words, LEXICAL_WEIGHT)
         citations, passages = self._cite(session, pages, reach)
-        return Chosen(pages, citations, self._sentences(session, mass.mean(0), passages))
+        found = self._sentences(session, mass.mean(0), passages)
+        return Chosen(pages, citations, _weighed(session, found, question) if lexical else found)
 
     def pages_text(self, session: Session, first: int, last: int) -> list[Passage]:
         """Return the passages of the pages `first .. last - 1` of a session's context."""
@@ -125,3 +126,17 @@ class Chooser:
             ]
             known = self._index = (weakref.ref(session), length, LexicalIndex(pages))
         return known[2]
+
+
+def _weighed(session: Session, found: list[Sentence], question: str) -> list[Sentence]:
+    """Return sentences ranked by attention and words: up to twice the mass for the one that holds most of the question.
+
+    Heads see sentences of one form alike: that one has the question's own rare word decides (docs/experiments.md).
+    """
+    texts = [session.documents[s.document].text[s.start : s.end] for s in found]
+    words = LexicalIndex(texts).scores(question)
+    most = float(words.max()) if texts else 0.0
+    if most <= 0:
+        return found
+    weighed = [replace(s, mass=s.mass * (1 + float(word) / most)) for s, word in zip(found, words, strict=True)]
+    return sorted(weighed, key=lambda sentence: -sentence.mass)

@@ -8,18 +8,22 @@ interrupts it, not at all. They do not know documents, questions or templates.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, make
+from longspan.attention.rebalance import PageMass, rebalance
 from longspan.attention.retrieval import Retrieval
-from longspan.errors import SessionCorruptError
+from longspan.errors import PoolExhaustedError, SessionCorruptError, UsageError
 from longspan.hf.attention import Enough
 from longspan.hf.model import CausalModel
-from longspan.kv.base import PAGE
+from longspan.kv.base import BLOCK, PAGE
+from longspan.kv.budget import Budget, size
 from longspan.kv.pages import PagedKV, PagePool
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
@@ -27,6 +31,9 @@ from longspan.retrieval.heads import Head, RetrievalHeads
 CHUNK, GPU_CHUNK = 512, 2048
 """Tokens that run through the layers together, on a CPU and on a GPU: working memory is constant in the length of the
 context."""
+
+PREFILL_WINDOW = 1024
+"""Newest keys that a query of a document sees beyond the trained length where no prefill was chosen."""
 
 Tick = Callable[[int], None]
 """Told how many tokens were just read."""
@@ -50,6 +57,10 @@ class Context(ABC):
         """Tokens that run through the layers together."""
         return GPU_CHUNK if self.model.device.type == "cuda" else CHUNK
 
+    def reads_by(self, stop: int) -> Mechanism:
+        """Return the mechanism by which a chunk of documents is read that ends at `stop`."""
+        return self.mechanism
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -57,11 +68,15 @@ class Context(ABC):
 
     def extend(self, tokens: Sequence[int], tick: Tick = lambda _: None) -> None:
         """Read more tokens for good, in chunks; what the mechanism will never read again is dropped."""
-        size = self.chunk
-        for start in range(0, len(tokens), size):
-            chunk = list(tokens[start : start + size])
-            self._add(chunk, logits=False)
+        done = 0
+        while done < len(tokens):
+            # Chunks end where blocks and pages do, whatever was read before them.
+            size = self.chunk - self.length % self.chunk
+            chunk = list(tokens[done : done + size])
+            self._add(chunk, mechanism=self.reads_by(self.length + len(chunk)))
+            self._commit()
             self._drop()
+            done += len(chunk)
             tick(len(chunk))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -69,9 +84,21 @@ class Context(ABC):
         out: Tensor | None = None
         for start in range(0, len(tokens), self.chunk):
             stop = start + self.chunk
-            out = self._add(list(tokens[start:stop]), logits=stop >= len(tokens))
+            out = self._add(list(tokens[start:stop]), logits=int(stop >= len(tokens)))
         assert out is not None, "step() needs at least one token"
-        return out
+        return out[-1]
+
+    def score(self, tokens: Sequence[int]) -> Tensor:
+        """Read tokens that may be taken back, and return the float32 logits `[T, V]` after each of them.
+
+        All of them at once in memory: for a few hundred tokens.
+        """
+        parts = []
+        for start in range(0, len(tokens), self.chunk):
+            chunk = list(tokens[start : start + self.chunk])
+            parts.append(self._add(chunk, logits=len(chunk)))
+        assert parts and all(part is not None for part in parts), "score() needs tokens and a context with logits"
+        return torch.cat([part for part in parts if part is not None])
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -96,12 +123,22 @@ class Context(ABC):
         """Continue from what `tensors` returned once (SessionCorruptError if it does not fit)."""
 
     @abstractmethod
-    def _add(self, chunk: list[int], *, logits: bool) -> Tensor | None:
-        """Read one chunk, wholly or not at all."""
+    def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
+        """Read one chunk, wholly or not at all, by this context's mechanism or another."""
 
     @abstractmethod
     def _layers(self) -> Sequence[PagedKV]:
         """Every layer's pages."""
+
+    def free(self) -> None:
+        """Forget everything, and give every page back to whoever shares the pools; forks keep theirs."""
+        self.truncate(0)
+        for kv in self._layers():
+            kv.free()
+
+    def _commit(self) -> None:
+        for kv in self._layers():
+            kv.commit()
 
     def _drop(self) -> None:
         for kv in self._layers():
@@ -111,19 +148,138 @@ class Context(ABC):
 class KVContext(Context):
     """Keeps every layer's keys and values."""
 
-    def __init__(self, model: CausalModel, mechanism: Mechanism) -> None:
-        """Start empty."""
+    def __init__(
+        self,
+        model: CausalModel,
+        mechanism: Mechanism,
+        prefill: Mechanism | None = None,
+        *,
+        kv_format: str | None = None,
+        budget: Budget | None = None,
+        summaries: Sequence[str] | None = None,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            model: whose layers' keys and values are kept.
+            mechanism: by what queries attend.
+            prefill: by what documents are read; see `prefill`.
+            kv_format: format of full pages (`kv.formats.names()`); None: the model's number type.
+            budget: bytes that all layers' pages may take together; None: no limit.
+            summaries: which summaries pages keep up to date; None: those that the mechanism reads.
+
+        Raises:
+            UnknownNameError, UsageError: no such format, or one that does not suit the model's number type.
+            UsageError: a budget below one page a layer.
+        """
         super().__init__(model, mechanism)
-        self.layers = [_paged(model) for _ in range(model.dimensions.layers)]
+        kinds = mechanism.summaries if summaries is None else tuple(summaries)
+        self.budget = Budget() if budget is None else budget
+        self.layers = [
+            _paged(model, kv_format, self.budget, kinds, mechanism.block) for _ in range(model.dimensions.layers)
+        ]
+        self.budget.require(
+            sum(kv.pool.least_bytes for kv in self.layers), f"one page for each of {len(self.layers)} layers"
+        )
+        self._committed = 0
+        self._masses: list[PageMass] = []
+        """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
+        if self._adapts:
+            self._masses = [PageMass() for _ in self.layers]
+            for kv, mass in zip(self.layers, self._masses, strict=True):
+                kv.mass = mass
         self.hints = Hints()
         """What the mechanism is told at the next step: the pages chosen for a question."""
+        if prefill is not None and mechanism.bounded_memory and not prefill.bounded_memory:
+            raise UsageError(
+                f"{mechanism.name} drops what --prefill {prefill.name} would have to read: leave out --prefill, or "
+                "give an attention that keeps everything"
+            )
+        if prefill is not None and self._adapts and not (prefill.adapts or prefill.bounded_memory):
+            raise UsageError(
+                f"under a KV budget {mechanism.name} holds cold pages as summaries, which --prefill {prefill.name} "
+                "can't read: leave out --prefill or --kv-budget"
+            )
+        self.prefill = prefill
+        """By what documents are read; None: by the mechanism, or as `reads_by` says where that only decodes."""
+
+    def reads_by(self, stop: int) -> Mechanism:
+        """See `Context`. What chooses in decode only reads densely up to the trained length, by a window beyond."""
+        if self.prefill is not None:
+            return self.prefill
+        if self.mechanism.prefills:
+            return self.mechanism
+        if self._adapts:  # dense attention could not read what was demoted
+            return make("streaming", window=PREFILL_WINDOW)
+        return make("dense") if stop <= self.model.dimensions.window else make("streaming", window=PREFILL_WINDOW)
 
     @property
     def nbytes(self) -> int:
         """See `Context`."""
-        pool = self.layers[0].pool
-        per_page = pool.nbytes // max(1, pool.slots)
-        return sum(kv.pages_held for kv in self.layers) * per_page
+        return sum(kv.nbytes for kv in self.layers)
+
+    @property
+    def beyond_window(self) -> bool:
+        """Whether positions stay within what the model was trained on, however long the context."""
+        return self.mechanism.beyond_window and (self.prefill is None or self.prefill.beyond_window)
+
+    @property
+    def _adapts(self) -> bool:
+        return self.mechanism.adapts and self.budget.limited
+
+    def _settle(self, new: int) -> None:
+        """Make room for new tokens within the budget: the coldest pages are held as summaries, hot ones come back.
+
+        Demoted pages leave an exact copy in host memory, which no budget counts.
+
+        Raises:
+            PoolExhaustedError: the budget does not hold what must stay exact.
+        """
+        spent, left = sum(kv.nbytes for kv in self.layers), self.budget.left
+        assert left is not None, "only a limited budget is settled"
+        pages = -(-(self.length + new) // PAGE)
+        # What may be taken back must stay, and a window's first page may be cut.
+        window = max(PREFILL_WINDOW, getattr(self.mechanism, "window", 0)) + 2 * PAGE + self.length - self._committed
+        for kv, mass in zip(self.layers, self._masses, strict=True):
+            pool = kv.pool
+            share = (spent + left) // len(self.layers) - pages * pool.marks.page_bytes
+            now = len(kv.table)
+            page_bytes = pool.plane(pool.format.name).page_bytes
+            # Two pages in the model's own type: the one being filled, and one that a question may reopen.
+            held = (share - 2 * pool.native.page_bytes) // page_bytes - (pages - now)
+            try:
+                rebalance(kv, mass.pages(now), held, window=window)
+            except UsageError as error:
+                raise PoolExhaustedError(
+                    f"the {self.budget.root.name} budget of {size(spent + left)} does not hold the newest "
+                    f"{window} tokens of every layer: raise it (--kv-budget)"
+                ) from error
+
+    def fork(self, budget: Budget | None = None) -> KVContext:
+        """Return a context that has read the same tokens and shares every page until one of the two writes to it.
+
+        Args:
+            budget: the fork's own, under the same root; None: like this context's.
+
+        Raises:
+            PoolExhaustedError: what it would refer to is more than its budget has left.
+        """
+        if budget is None:
+            own = self.budget
+            budget = own if own.parent is None else Budget(own.limit, own.name, own.parent)
+        other = copy.copy(self)
+        other.tokens, other.budget, other.layers = list(self.tokens), budget, []
+        try:
+            for kv in self.layers:
+                other.layers.append(kv.fork(budget))
+            other._masses = copy.deepcopy(self._masses)
+            for kv, mass in zip(other.layers, other._masses, strict=False):
+                kv.mass = mass
+        except BaseException:
+            for kv in other.layers:
+                kv.free()
+            raise
+        return other
 
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
         """See `Context`."""
@@ -149,15 +305,28 @@ class KVContext(Context):
         _restore_layers(self.layers, len(tokens), tensors)
         self.tokens = list(tokens)
 
-    def _add(self, chunk: list[int], *, logits: bool) -> Tensor | None:
+    def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
         before = self.length
+        reader = _Attending(self.layers, mechanism or self.mechanism, self.hints)
+        if self._adapts:
+            self._settle(len(chunk))
         try:
-            out = self.model.forward(chunk, _Attending(self.layers, self.mechanism, self.hints), logits=logits)
+            out = self.model.forward(chunk, reader, logits=logits)
         except BaseException:
             self.truncate(before)
             raise
         self.tokens.extend(chunk)
         return out
+
+    def truncate(self, length: int) -> None:
+        """See `Context`."""
+        super().truncate(length)
+        for mass in self._masses:
+            mass.truncate(length // PAGE)
+
+    def _commit(self) -> None:
+        super()._commit()
+        self._committed = self.length
 
     def _layers(self) -> Sequence[PagedKV]:
         return self.layers
@@ -217,7 +386,7 @@ class IndexContext(Context):
         self.index = index.to(self.index)
         self.tokens = list(tokens)
 
-    def _add(self, chunk: list[int], *, logits: bool) -> Tensor | None:
+    def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
         before = self.length
         self._reserve(before + len(chunk))
         try:
@@ -247,7 +416,7 @@ class _Attending:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         kv = self.layers[layer]
         kv.append(k, v)
-        return self.mechanism.attend(q, kv, scale=scale, hints=self.hints)
+        return self.mechanism.attend(q, kv, scale=scale, hints=replace(self.hints, layer=layer))
 
 
 class _Asked(_Attending):
@@ -297,10 +466,27 @@ def _kv_head(model: CausalModel, head: Head) -> int:
     return head[1] // (model.dimensions.query_heads // model.dimensions.kv_heads)
 
 
-def _paged(model: CausalModel) -> PagedKV:
+def _paged(
+    model: CausalModel,
+    kv_format: str | None = None,
+    budget: Budget | None = None,
+    summaries: Sequence[str] = (),
+    block: int = PAGE,
+) -> PagedKV:
     sizes = model.dimensions
-    pool = PagePool(sizes.kv_heads, sizes.head_dim, sizes.head_dim, model.dtype, model.device)
-    return PagedKV(pool, model.rotary)
+    pool = PagePool(
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.head_dim,
+        model.dtype,
+        model.device,
+        None if budget is None else budget.root,
+        kv_format=kv_format,
+        summaries=summaries,
+        # Blocks larger than a page are put together from pages.
+        block=block if PAGE % block == 0 and block % BLOCK == 0 else PAGE,
+    )
+    return PagedKV(pool, model.rotary, budget)
 
 
 def _restore_layers(layers: Sequence[PagedKV], length: int, tensors: dict[str, Tensor]) -> None:

@@ -71,6 +71,15 @@ class Answer:
     """Pages of the context that were chosen, best first."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: how pages were chosen, what was left out."""
+    read_again: list[str] = field(default_factory=list)
+    """The sentences or passages that retrieval read again, best first."""
+    quote: str = ""
+    """What was added to `text` because the model's own words were not in what it read; empty: nothing was."""
+
+    @property
+    def own_words(self) -> str:
+        """The answer without the quotation."""
+        return self.text.removesuffix(self.quote) if self.quote else self.text
 
 
 class Generation(Iterator[str]):

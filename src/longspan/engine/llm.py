@@ -28,10 +28,13 @@ from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, ModelError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
+from longspan.kv import formats
 from longspan.kv.base import PAGE
+from longspan.kv.budget import Budget
 from longspan.retrieval import heads as heads_store
 from longspan.retrieval.calibrate import calibrate
 from longspan.retrieval.documents import Reading, read_documents
+from longspan.retrieval.grounding import support
 from longspan.retrieval.heads import RetrievalHeads
 from longspan.sessions.session import Session, Turn
 from longspan.sessions.store import SessionStore
@@ -42,9 +45,11 @@ Progress = Callable[[str, int, int], None]
 _AUTO = "auto"
 _ANSWER_ROOM = 256
 _CITED = 4
-_SHARE = 0.4
-"""Of the best sentence's attention that another must have to be read again: facts that a question needs had 0.54 to 1,
-what stood around them 0.34 and less (docs/experiments.md)."""
+_SHARE = 0.3
+"""Of the best sentence's score that another must have to be read again: second facts that a question needs had 0.45 and
+more in 10 of 12 questions, what stood around a single fact 0.28 and less (docs/experiments.md)."""
+_SUPPORTED = 0.5
+"""Share of an answer's new words that must stand in what was read; below it the text itself is quoted."""
 
 
 class LLM:
@@ -57,6 +62,9 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         *,
+        prefill: str | Mechanism | None = None,
+        kv: str = _AUTO,
+        kv_budget: int | None = None,
         store: SessionStore | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -68,13 +76,17 @@ class LLM:
                 context fits the window that the model was trained on, retrieval beyond.
             device: `auto`, `cpu` or `cuda`.
             dtype: None: chosen for the device.
+            prefill: by what documents are read, such as `xattention:threshold=0.9`; None: by `attention`, or densely
+                where that chooses for answers only.
+            kv: how keys and values are kept: `fp32`, `fp16`, `bf16`, `fp8`; `auto`: as the model computes.
+            kv_budget: bytes that the keys and values of all sessions may take together; None: no limit.
             store: where sessions are saved; None: the user's folder.
             say: told in a line what takes long.
 
         Raises:
             UnknownNameError: unknown model, mechanism or option.
             ModelError: the model can't be loaded or run.
-            UsageError: no such device.
+            UsageError: no such device, or a format that the number type can't hold.
         """
         chosen = None if attention in (None, _AUTO) else parse(attention)
         if (count := settings.threads()) is not None:
@@ -82,9 +94,15 @@ class LLM:
         name = model or settings.default_model()
         self.model = load(name, device=device, dtype=dtype, say=say) if isinstance(name, str) else name
         self.attention: Mechanism | None = chosen
+        self.prefill_by = None if prefill is None else parse(prefill)
+        self._kv_format = None if kv == _AUTO else kv
+        if self._kv_format is not None:
+            formats.format_of(self._kv_format, self.model.dtype)
+        self.kv_budget = Budget(kv_budget, "KV")
         self.store = store or SessionStore()
         self._say = say
         self._heads: RetrievalHeads | None = None
+        self._headless = False
         self._chooser = Chooser(self.model)
 
     # --- sessions ---------------------------------------------------------------------------------------------
@@ -245,12 +263,19 @@ class LLM:
             count, reach, lexical = mechanism.pages, mechanism.neighbours, mechanism.lexical
             heads: RetrievalHeads | None = self.heads()
         else:
-            count, reach, lexical = _CITED, 1, True
-            try:
-                heads = self.heads()
-            except ModelError:
-                heads = None  # citations are then chosen by words alone, and say so
+            count, reach, lexical = max(_CITED, mechanism.wanted_pages), 1, True
+            heads = self._heads_or_none()
         return self._chooser.choose(question, session, heads, count=count, reach=reach, lexical=lexical)
+
+    def _heads_or_none(self) -> RetrievalHeads | None:
+        """Return the retrieval heads, or None for a model in which none are found: words alone then choose."""
+        if self._headless:
+            return None
+        try:
+            return self.heads()
+        except ModelError:
+            self._headless = True
+            return None
 
     def _answer(
         self,
@@ -271,9 +296,10 @@ class LLM:
             chosen = self.choose(question, session)
             answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
             if isinstance(context, IndexContext):
-                prompt = self._reading_again(session, chosen, question)
+                prompt, answer.read_again = self._reading_again(session, chosen, question)
                 scratch = KVContext(self.model, make("dense"))
                 yield from self._write(scratch, prompt, params, answer, started, context.length)
+                yield from self._quote(context.wanted, question, answer)
             else:
                 assert isinstance(context, KVContext), "a context is an index or a KV context"
                 context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
@@ -287,6 +313,18 @@ class LLM:
         if remember:
             session.turns.append(Turn(question, answer.text.strip()))
 
+    def _quote(self, mechanism: Retrieval, question: str, answer: Answer) -> Iterator[str]:
+        """Quote what was read again where the answer's own words do not stand in it."""
+        supported = support(answer.text, question, answer.read_again)
+        if not (mechanism.quote and mechanism.focus and answer.read_again) or supported is None:
+            return
+        if supported < _SUPPORTED:
+            said = " ".join(f"“{' '.join(text.split())}”" for text in answer.read_again)
+            answer.quote = f"\n\nThe text says: {said}"
+            answer.text += answer.quote
+            answer.notes.append("the model's own words are not in what it read, so the text is quoted")
+            yield answer.quote
+
     def _write(
         self,
         context: KVContext,
@@ -298,7 +336,7 @@ class LLM:
     ) -> Iterator[str]:
         """Read a prompt after a context, write the answer, and take both back."""
         before, stats = context.length, answer.stats
-        bounded = context.mechanism.beyond_window
+        bounded = context.beyond_window
         room = self.model.dimensions.window - len(prompt) - (0 if bounded else before)
         if room < 1 and not bounded:
             answer.notes.append("the context is longer than the window the model was trained on: expect nonsense")
@@ -320,7 +358,13 @@ class LLM:
         return make("dense") if named is None or isinstance(named, Retrieval) else named
 
     def _attention_name(self) -> str:
-        return _AUTO if self.attention is None else self.attention.describe()
+        """Return how contexts are read and kept: what a saved session must agree with."""
+        parts = [_AUTO if self.attention is None else self.attention.describe()]
+        if self.prefill_by is not None:
+            parts.append(f"prefill {self.prefill_by.describe()}")
+        if self._kv_format is not None:
+            parts.append(f"kv {self._kv_format}")
+        return ", ".join(parts)
 
     def _memory(self, session: Session, mechanism: Mechanism, progress: Progress | None) -> Context:
         """Return the session's context, a new one where the mechanism changed as documents were added."""
@@ -334,8 +378,19 @@ class LLM:
     def new_context(self, mechanism: Mechanism, progress: Progress | None = None) -> Context:
         """Return an empty context that attends by a mechanism (calibrating the model if retrieval needs it)."""
         if isinstance(mechanism, Retrieval) and mechanism.read == "again":
+            if self.prefill_by is not None or self._kv_format is not None or self.kv_budget.limited:
+                raise UsageError(
+                    "retrieval keeps no keys and values but its index: leave out --prefill, --kv and --kv-budget, or "
+                    "give an attention that keeps them, such as --attention quest"
+                )
             return IndexContext(self.model, mechanism, self.heads(progress))
-        return KVContext(self.model, mechanism)
+        return KVContext(
+            self.model,
+            mechanism,
+            self.prefill_by,
+            kv_format=self._kv_format,
+            budget=Budget(None, "session's KV", self.kv_budget),
+        )
 
     def _context_tokens(self, session: Session, context: Context) -> list[int]:
         """Return all tokens that the session's context should hold."""
@@ -343,8 +398,8 @@ class LLM:
             return session.tokens
         return prompts.before_documents(self.model) + session.tokens
 
-    def _reading_again(self, session: Session, chosen: Chosen, question: str) -> list[int]:
-        """Return the prompt that reads what was chosen again, as much of it as fits the window."""
+    def _reading_again(self, session: Session, chosen: Chosen, question: str) -> tuple[list[int], list[str]]:
+        """Return the prompt that reads what was chosen again, and what it reads, as much of it as fits the window."""
         mechanism = context_mechanism(session.memory)
         focus = mechanism.focus if isinstance(mechanism, Retrieval) else 0
         if focus:
@@ -357,16 +412,25 @@ class LLM:
             over = prompts.over_passages
         recent = session.turns[-2:]
 
-        def options() -> Iterator[list[int]]:
+        def options() -> Iterator[tuple[list[int], list[str]]]:
             # The best is read last, next to the question.
             for count in range(len(best), 0, -1):
                 for turns in _shorter(recent):
-                    yield over(self.model, best[:count][::-1], question, turns)
+                    yield over(self.model, best[:count][::-1], question, turns), best[:count]
             # A window too small for one passage gets as much of it as fits.
             for share in (2, 4, 8):
-                yield over(self.model, [text[: len(text) // share] for text in best[:1]], question, [])
+                cut = [text[: len(text) // share] for text in best[:1]]
+                yield over(self.model, cut, question, []), cut
 
-        return self._fitting(options())
+        read: list[str] = []
+
+        def noted() -> Iterator[list[int]]:
+            for prompt, texts in options():
+                read[:] = texts
+                yield prompt
+
+        # The last one offered is the one that fits.
+        return self._fitting(noted()), read
 
     def _fitting(self, options: Iterable[list[int]]) -> list[int]:
         """Return the first prompt that leaves room for an answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ def environment(device: torch.device, module: str, arguments: list[str]) -> dict
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "longspan": __version__,
-        "command": " ".join(["python -m", module, *arguments]),
+        "command": f"python -m {module} {shlex.join(arguments)}",
     }
 
 

@@ -1,32 +1,46 @@
 """Needles: facts hidden in real prose at every depth, asked for one by one.
 
-    python -m longspan.evals.needle --lengths 4K,16K --mechanisms dense,retrieval --kinds single --json
+    python -m longspan.evals.needle --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl
+    python -m longspan.evals.needle --merge needle.jsonl --json > benchmarks/results/needle.json
 
 Each haystack is read once into a session and asked for each of its facts; every question starts from the same session.
 A row a question says whether the answer is right, whether the page with the fact was ranked first, and whether a
-citation contains it. Lengths are in the model's own tokens. It measures finding, not reasoning.
+citation contains it. Lengths are in the model's own tokens. With --out, a run that is stopped goes on where it was.
+It measures finding, not reasoning.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
+import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from longspan.attention import parse
 from longspan.engine.llm import LLM
-from longspan.errors import LongspanError, UsageError
+from longspan.errors import Cancelled, UsageError
+from longspan.evals.arguments import Parser, guarded, parser, say, specs_of
 from longspan.evals.environment import environment
 from longspan.evals.facts import KINDS, Question, make
 from longspan.evals.haystack import prose
+from longspan.evals.journal import Entry, Journal
+from longspan.evals.needle_rows import Key, Row, answered, of_one_model, summary
+from longspan.evals.progress import Progress
+from longspan.hf.loading import pick_device
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
+from longspan.lengths import lengths_of
 from longspan.sessions.session import Session
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ANSWER = 28
 """Tokens of an answer for each fact needed: a sentence that holds it."""
 
@@ -42,23 +56,29 @@ class Haystack:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One question's outcome."""
+class Given:
+    """What the command line asks for."""
 
-    mechanism: str
-    kind: str
-    length: int
-    haystack: int
-    depth: float
-    right: bool
-    ranked_first: bool
-    """The best citation's page holds (the first of) the facts needed."""
-    cited: bool
-    """Every fact needed stands in a citation."""
-    chosen_by: str
-    first_token_s: float
-    answer: str
-    wanted: str
+    specs: list[str]
+    kinds: list[str]
+    lengths: list[int]
+    haystacks: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A haystack for one mechanism, and what is left to ask of it."""
+
+    spec: str
+    """As the user wrote it."""
+    keys: tuple[Key, ...]
+
+    @property
+    def group(self) -> str:
+        """What its answers are counted with."""
+        key = self.keys[0]
+        return f"{key.mechanism} {key.kind} {key.requested}"
 
 
 def build(model: CausalModel, kind: str, length: int, seed: int) -> Haystack:
@@ -69,8 +89,12 @@ def build(model: CausalModel, kind: str, length: int, seed: int) -> Haystack:
     filler = prose()
     start = rng.randrange(len(filler))
     filler = filler[start:] + "\n\n" + filler[:start]
+    # What is installed fills about 250K tokens: a longer haystack tells it again.
+    filler = "\n\n".join([filler] * -(-length * 8 // len(filler)))
     _, offsets = model.tokens_with_offsets(filler[: length * 8])
     room = length - sum(len(model.tokens(" " + fact.text)) for fact in facts)
+    if room < len(facts):
+        raise UsageError(f"{length} tokens do not hold {len(facts)} facts and prose between them: ask for longer ones")
     filler = filler[: offsets[min(room, len(offsets)) - 1][1]]
     pieces, spans, done, size = [], [], 0, 0
     for i, fact in enumerate(facts):
@@ -85,65 +109,93 @@ def build(model: CausalModel, kind: str, length: int, seed: int) -> Haystack:
     return Haystack("".join([*pieces, filler[done:]]), tuple(spans), tuple(questions))
 
 
-def run(
-    llm: LLM, kind: str, length: int, haystacks: int, seed: int = 0, say: Callable[[str], None] = print
-) -> list[Row]:
-    """Ask for every fact of some haystacks (`haystacks * 8` questions, half as many for `twofact`)."""
-    rows = []
-    for i in range(haystacks):
-        haystack = build(llm.model, kind, length, seed + i)
-        session = llm.session()
-        llm.add_text(session, haystack.text)
+def plan(model: CausalModel, given: Given) -> list[Task]:
+    """Return every haystack and question that is asked for, each question once."""
+    fingerprint, dtype = model.fingerprint, str(model.dtype).removeprefix("torch.")
+    seen: set[Key] = set()
+    tasks = []
+    for spec, kind, length in itertools.product(given.specs, given.kinds, given.lengths):
+        mechanism = spec if spec == "auto" else parse(spec).describe()
+        for haystack in range(given.seed, given.seed + given.haystacks):
+            count = len(make(kind, haystack)[1])
+            keys = [Key(fingerprint, dtype, mechanism, kind, length, haystack, i) for i in range(count)]
+            # Two specifications may mean the same.
+            if new := [key for key in keys if key not in seen]:
+                tasks.append(Task(spec, tuple(new)))
+                seen.update(new)
+    return tasks
+
+
+def ask(llm: LLM, task: Task, progress: Progress) -> Iterator[Row]:
+    """Read a task's haystack and ask its questions; each starts from the same session."""
+    first = task.keys[0]
+    haystack = build(llm.model, first.kind, first.requested, first.haystack)
+    session = llm.session()
+    llm.add_text(session, haystack.text)
+    started = time.perf_counter()
+    llm.prefill(session)
+    progress.read(first.requested, time.perf_counter() - started)
+    for key in task.keys:
         started = time.perf_counter()
-        llm.prefill(session)
-        seconds = time.perf_counter() - started
-        right = 0
-        for question in haystack.questions:
-            answer = llm.ask(question.text, session, max_tokens=_ANSWER * len(question.needs))
-            pages = answer.pages
-            spans = [haystack.spans[need] for need in question.needs]
-            holding = [_pages(session, *span) for span in spans]
-            row = Row(
-                answer.attention,
-                kind,
-                len(session.tokens),
-                seed + i,
-                round(spans[0][0] / len(haystack.text), 3),
-                question.right(answer.text),
-                bool(pages) and any(pages[0] in held for held in holding),
-                all(any(c.start <= a and b <= c.end for c in answer.citations) for a, b in spans),
-                answer.citations[0].chosen_by if answer.citations else "",
-                round(answer.stats.first_token_seconds, 3),
-                answer.text.strip(),
-                " / ".join(question.answers),
-            )
-            right += row.right
-            rows.append(row)
-        spec = llm.attention.describe() if llm.attention else "auto"
-        say(f"{spec} {kind} {length}: haystack {i}: {right}/{len(haystack.questions)}, read in {seconds:.1f} s")
-    return rows
-
-
-def table(rows: list[Row]) -> list[dict[str, Any]]:
-    """Return one line a mechanism, kind and length: counts, and shares in percent."""
-    lines = []
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.mechanism, row.kind, round(row.length / 1024)), []).append(row)
-    for (mechanism, kind, thousands), group in groups.items():
-        count = len(group)
-        lines.append(
-            {
-                "mechanism": mechanism,
-                "kind": kind,
-                "length": f"{thousands}K",
-                "questions": count,
-                "right": sum(row.right for row in group),
-                "ranked_first": sum(row.ranked_first for row in group),
-                "cited": sum(row.cited for row in group),
-            }
+        question = haystack.questions[key.question]
+        answer = llm.ask(question.text, session, max_tokens=_ANSWER * len(question.needs))
+        spans = [haystack.spans[need] for need in question.needs]
+        holding = [_pages(session, *span) for span in spans]
+        row = Row(
+            **key._asdict(),
+            spec=task.spec,
+            length=len(session.tokens),
+            depth=round(spans[0][0] / len(haystack.text), 3),
+            right=question.right(answer.text),
+            own_words=question.right(answer.own_words),
+            ranked_first=bool(answer.pages) and any(answer.pages[0] in held for held in holding),
+            cited=all(any(c.start <= a and b <= c.end for c in answer.citations) for a, b in spans),
+            chosen_by=answer.citations[0].chosen_by if answer.citations else "",
+            attention=answer.attention,
+            first_token_s=round(answer.stats.first_token_seconds, 3),
+            answer=answer.text.strip(),
+            wanted=" / ".join(question.answers),
         )
-    return lines
+        progress.asked(task.group, row.right, time.perf_counter() - started)
+        yield row
+
+
+def run(
+    llm: LLM, tasks: Sequence[Task], journal: Journal, about: dict[str, Any], until: float, tell: Callable[[str], None]
+) -> int:
+    """Ask what the journal does not hold yet, and return how many questions are left.
+
+    Args:
+        llm: its model is asked.
+        tasks: from `plan`.
+        journal: gets a row a question.
+        about: the environment of this run.
+        until: when to stop, in seconds of `time.monotonic`. One question is asked before the first look at the clock,
+            so that runs which are short beside a haystack's reading come to an end too.
+        tell: told the progress.
+    """
+    done = answered(journal.entries)
+    left = [Task(task.spec, tuple(key for key in task.keys if key not in done)) for task in tasks]
+    left = [task for task in left if task.keys]
+    count = sum(len(task.keys) for task in left)
+    if not left:
+        return 0
+    total = sum(len(task.keys) for task in tasks)
+    progress = Progress(total, sum(task.keys[0].requested for task in left), tell)
+    for task in tasks:
+        for key in filter(done.__contains__, task.keys):
+            progress.before(task.group, bool(done[key].row["right"]))
+    journal.begin(about)
+    engine, spec = llm, ""
+    for task in left:
+        if task.spec != spec:
+            engine, spec = LLM(llm.model, task.spec, say=tell), task.spec
+        for row in ask(engine, task, progress):
+            journal.append(asdict(row))
+            count -= 1
+            if time.monotonic() >= until:
+                return count
+    return count
 
 
 def _pages(session: Session, start: int, end: int) -> set[int]:
@@ -152,53 +204,92 @@ def _pages(session: Session, start: int, end: int) -> set[int]:
     return {(token + session.head) // PAGE for token in touched}
 
 
-def tokens_of(text: str) -> int:
-    """Read a length such as `16K` or `1M`."""
-    units = {"K": 1024, "M": 1024 * 1024}
-    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
-    if not number.isdecimal() or int(number) < 1:
-        raise UsageError(f"{text!r} is no length: write 8192, 8K or 1M")
-    return int(number) * unit
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; prints rows' table, or with --json one JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m longspan.evals.needle", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--mechanisms", default="retrieval", help="specifications, separated by semicolons or spaces")
-    parser.add_argument("--kinds", default="single", help=", ".join(KINDS))
-    parser.add_argument("--lengths", default="4K,16K")
-    parser.add_argument("--haystacks", type=int, default=5, help="8 questions each")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    try:
-        import torch
+    """Run from the command line; prints the rows' table, or with --json one JSON object."""
+    return guarded("needle", lambda: _main(sys.argv[1:] if arguments is None else arguments))
 
-        dtype = torch.float32 if given.device == "cuda" else None
-        base = LLM(given.model, device=given.device, dtype=dtype)
-        rows: list[Row] = []
-        for spec in given.mechanisms.replace(";", " ").split():
-            for kind in given.kinds.split(","):
-                if kind not in KINDS:
-                    raise UsageError(f"unknown kind {kind!r}: use {', '.join(KINDS)}")
-                for length in map(tokens_of, given.lengths.split(",")):
-                    llm = LLM(base.model, spec)
-                    rows += run(
-                        llm, kind, length, given.haystacks, given.seed, lambda text: print(text, file=sys.stderr)
-                    )
-    except LongspanError as error:
-        print(f"needle: {error}", file=sys.stderr)
-        return 1
-    lines = table(rows)
-    if given.json:
-        about = environment(base.model.device, "longspan.evals.needle", arguments)
-        print(json.dumps({**about, "table": lines, "rows": [asdict(row) for row in rows]}, ensure_ascii=False))
-        return 0
-    for line in lines:
-        print("  ".join(f"{key} {value}" for key, value in line.items()))
+
+def _main(arguments: list[str]) -> int:
+    began = time.monotonic()
+    given = _parser().parse_args(arguments)
+    if given.merge:
+        if given.out or given.minutes:
+            raise UsageError("--merge asks nothing: leave out --out and --minutes")
+        return _print(of_one_model(given.merge), given.json)
+    wanted = Given(
+        specs_of(given.mechanisms, auto=True),
+        _kinds(given.kinds),
+        lengths_of(given.lengths),
+        _from_one(given.haystacks),
+        given.seed,
+    )
+    if given.minutes is not None and not given.minutes > 0:
+        raise UsageError(f"--minutes {given.minutes:g} leaves no time: give more than 0")
+    until = math.inf if given.minutes is None else began + 60 * given.minutes
+    dtype = _dtype(given.dtype, given.device)
+    with Journal(given.out) as journal:
+        answered(journal.entries)  # a file of another eval is refused before a model is loaded
+        llm = LLM(given.model, device=given.device, dtype=dtype, say=say)
+        tasks = plan(llm.model, wanted)
+        about = environment(llm.model.device, "longspan.evals.needle", arguments)
+        about |= {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}
+        again = f"the same command goes on from {given.out}" if given.out else "nothing is kept without --out FILE"
+        try:
+            left = run(llm, tasks, journal, about, until, say)
+        except (KeyboardInterrupt, Cancelled) as error:
+            raise Cancelled(f"stopped: {again}") from error
+        if left:
+            total = sum(len(task.keys) for task in tasks)
+            say(f"needle: stopped after {given.minutes:g} minutes with {left} of {total} questions left: {again}")
+        done = answered(journal.entries)
+    return _print([done[key] for task in tasks for key in task.keys if key in done], given.json)
+
+
+def _parser() -> Parser:
+    made = parser("longspan.evals.needle", (__doc__ or "").splitlines()[0], mechanisms="retrieval", lengths="4K,16K")
+    made.add_argument("--kinds", default="single", help=f"{', '.join(KINDS)}; default: %(default)s")
+    made.add_argument("--haystacks", type=int, default=5, metavar="N", help="8 questions each; default: %(default)s")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of the first haystack; default: %(default)s")
+    made.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a GPU, else what the CPU is best at")
+    made.add_argument(
+        "--out", type=Path, metavar="FILE.jsonl", help="append every answer to this file, and go on from what it holds"
+    )
+    made.add_argument("--minutes", type=float, metavar="M", help="stop after the question asked at that time")
+    made.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE.jsonl", help="ask nothing: make one result of these files"
+    )
+    return made
+
+
+def _kinds(text: str) -> list[str]:
+    kinds = list(dict.fromkeys(kind.strip() for kind in text.split(",")))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"unknown kind {kind!r}: use {', '.join(KINDS)}")
+    return kinds
+
+
+def _from_one(haystacks: int) -> int:
+    if haystacks < 1:
+        raise UsageError(f"--haystacks {haystacks} leaves nothing to ask: give at least 1")
+    return haystacks
+
+
+def _dtype(name: str | None, device: str) -> torch.dtype | None:
+    """Return the type to compute in; None: what the engine chooses for a CPU (UsageError: no such device)."""
+    on_gpu = pick_device(device).type == "cuda"
+    if name is not None:
+        return _DTYPES[name]
+    return torch.float32 if on_gpu else None
+
+
+def _print(entries: Sequence[Entry], as_json: bool) -> int:
+    result = summary(entries)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        for line in result["table"]:
+            print("  ".join(f"{key} {value}" for key, value in line.items()))
     return 0
 
 

@@ -66,16 +66,16 @@ class CausalModel:
         return found
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], reader: Reader, *, logits: bool = False) -> Tensor | None:
+    def forward(self, tokens: Sequence[int], reader: Reader, *, logits: int = 0) -> Tensor | None:
         """Run new tokens through the layers.
 
         Args:
             tokens: T token ids.
             reader: gets each layer's unrotated queries, keys and values.
-            logits: whether the last position's logits are wanted.
+            logits: of how many last positions logits are wanted; all of a long text would not fit in memory.
 
         Returns:
-            float32 logits `[V]` of the last position, or None.
+            float32 logits `[logits, V]`, or None where none are wanted or the reader had enough.
         """
         ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
         # Position 0 everywhere: nothing is rotated (see hf/attention.py).
@@ -84,10 +84,10 @@ class CausalModel:
             if not logits:
                 self.model.base_model(**given)
                 return None
-            out: Tensor = self.model(**given, logits_to_keep=1).logits
+            out: Tensor = self.model(**given, logits_to_keep=logits).logits
         except Enough:
             return None
-        return out[0, -1].float()
+        return out[0, -logits:].float()
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added at its ends."""

@@ -7,6 +7,7 @@ Key j is the key of the j-th token of the context. Positions are a matter of rea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +17,37 @@ from longspan.kv.rotary import Rotary
 PAGE = 64
 """Tokens in a page."""
 
+BLOCK = 16
+"""The finest block that can be summarised: a page splits into four."""
+
+SUMMARIES = ("lowest", "highest", "mean_key", "mean_value", "lowest_rotated", "highest_rotated", "mean_key_rotated")
+"""What can stand for a block: bounds and mean of its keys, unrotated or rotated to their own positions, and the mean of
+its values. Every block counts as many tokens as it is long: only full blocks are summarised."""
+
+
+class MassMeter(Protocol):
+    """Keeps how much attention pages get; what it does with it is its own affair."""
+
+    def step(self, pages: int) -> None:
+        """Begin a decode step in which `pages` pages stand before the window."""
+        ...
+
+    def add(self, level: int, nodes: Tensor, mass: Tensor) -> None:
+        """Add the mass of nodes of one level (`16**level` pages each); both of one shape, a node may appear often."""
+        ...
+
+    def truncate(self, pages: int) -> None:
+        """Forget what was measured of all but the first `pages` pages."""
+        ...
+
 
 class LayerKV(ABC):
     """Keys `[B, Hkv, N, D]` and values `[B, Hkv, N, Dv]` of one layer, in the order of the tokens."""
 
     rotary: Rotary | None
     """How the model encodes positions; None: it does not, or what is held is rotated already."""
+    mass: MassMeter | None = None
+    """Told in decode how much attention pages get, where that decides which of them stay exact."""
 
     @property
     @abstractmethod
@@ -41,12 +67,33 @@ class LayerKV(ABC):
         """Unrotated keys `[B, Hkv, *index.shape, D]` of the tokens in `index` (int64, any shape, all held)."""
 
     @abstractmethod
+    def gather(self, index: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, F, D]` of tokens that each KV head chose for itself.
+
+        Args:
+            index: int64 `[B, Hkv, F]`, all held.
+            rotated: whether keys come rotated to their own positions.
+        """
+
+    @abstractmethod
     def gather_values(self, index: Tensor) -> Tensor:
         """Values `[B, Hkv, *index.shape, Dv]` of the tokens in `index` (int64, any shape, all held)."""
 
     @abstractmethod
-    def page_bounds(self) -> tuple[Tensor, Tensor]:
-        """Least and greatest unrotated key a channel of every full page: two `[B, Hkv, N // PAGE, D]`."""
+    def summary(self, what: str, block: int = PAGE) -> Tensor:
+        """One summary of every full block, `[B, Hkv, N // block, D]` (Dv for `mean_value`), in the keys' float type.
+
+        Args:
+            what: one of `SUMMARIES`; the rotated ones are the unrotated where positions are not encoded.
+            block: tokens in a block, a multiple of `BLOCK`.
+
+        A block that was dropped or is held in a smaller format keeps the summary that it had before, if the pool was
+        made for it, or it was asked for then.
+        """
+
+    def readable(self) -> Tensor | None:
+        """Whether each page can be read token by token, in whatever format, bool `[ceil(N / PAGE)]`; None: all can."""
+        return None
 
     def keys_at_own_positions(self, start: int, stop: int) -> Tensor:
         """Keys `[B, Hkv, stop - start, D]`, each rotated to its own position in the context."""
@@ -64,6 +111,7 @@ class TensorKV(LayerKV):
     def __init__(self, k: Tensor, v: Tensor, rotary: Rotary | None = None) -> None:
         """Take k `[B, Hkv, N, D]` and v `[B, Hkv, N, Dv]`; nothing is copied."""
         self._k, self._v, self.rotary = k, v, rotary
+        self._summaries: dict[tuple[str, int], Tensor] = {}
 
     @property
     def length(self) -> int:
@@ -86,11 +134,33 @@ class TensorKV(LayerKV):
         """See `LayerKV`."""
         return self._v[:, :, index.to(self._v.device)]
 
-    def page_bounds(self) -> tuple[Tensor, Tensor]:
+    def gather(self, index: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
         """See `LayerKV`."""
-        full = self.length // PAGE
-        pages = self._k[:, :, : full * PAGE].unflatten(2, (full, PAGE))
-        if full == 0:
-            empty = pages.new_empty(*pages.shape[:3], pages.shape[-1])
-            return empty, empty
-        return torch.amin(pages, 3), torch.amax(pages, 3)
+        keys = self.keys_at_own_positions(0, self.length) if rotated else self._k
+        index = index.to(keys.device).unsqueeze(-1)
+        k = keys.gather(2, index.expand(-1, -1, -1, keys.shape[-1]))
+        return k, self._v.gather(2, index.expand(-1, -1, -1, self._v.shape[-1]))
+
+    def summary(self, what: str, block: int = PAGE) -> Tensor:
+        """See `LayerKV`; computed once a block size and kept."""
+        known = self._summaries.get((what, block))
+        if known is None:
+            full = self.length // block
+            if what == "mean_value":
+                rows = self._v[:, :, : full * block]
+            elif what.endswith("_rotated"):
+                rows = self.keys_at_own_positions(0, full * block)
+            else:
+                rows = self._k[:, :, : full * block]
+            known = self._summaries[what, block] = summarise(what, rows.unflatten(2, (full, block)))
+        return known
+
+
+def summarise(what: str, blocks: Tensor) -> Tensor:
+    """Return the summary `[..., D]` of blocks `[..., block, D]` of (rotated or unrotated) keys, or of values."""
+    if what.startswith("lowest"):
+        return blocks.amin(-2)
+    if what.startswith("highest"):
+        return blocks.amax(-2)
+    # Float64 sums nothing that float32 would not; half types would lose small keys in a sum of 64.
+    return blocks.mean(-2, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)

@@ -12,7 +12,9 @@ finds nothing.
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,15 +56,13 @@ class LexicalIndex:
         """
         self.language = language
         self._size = len(passages)
-        self._stop_words = _stop_words(language)
         self._columns: dict[str, int] = {}  # stem -> its column in the score matrix
-        stems = _Stems(language, self._stop_words)
+        stems = Stems(language)
         columns = self._columns
         rows = [[columns.setdefault(stem, len(columns)) for stem in stems(passage)] for passage in passages]
         self._bm25: Any = None
         if columns:  # bm25s can't divide by a mean length of nothing
-            import bm25s
-
+            bm25s = _bm25s()
             self._bm25 = bm25s.BM25(k1=_K1, b=_B, method="lucene")
             self._bm25.index((rows, columns), create_empty_token=False, show_progress=False)
 
@@ -74,7 +74,7 @@ class LexicalIndex:
         import numpy as np
 
         # A stemmer of its own for each call: they hold buffers, so that two threads can't share one.
-        stems = _Stems(self.language, self._stop_words)(query)
+        stems = Stems(self.language)(query)
         found = [self._columns[stem] for stem in stems if stem in self._columns]
         if not found:
             return np.zeros(self._size, dtype=np.float32)
@@ -94,11 +94,12 @@ class LexicalIndex:
         return [(int(i), float(scores[i])) for i in order if scores[i] > 0]
 
 
-class _Stems:
+class Stems:
     """Text to the list of its words' stems, stop words left out; each distinct word is stemmed once."""
 
-    def __init__(self, language: str, stop_words: frozenset[str]) -> None:
-        self._known = dict.fromkeys(stop_words, "")
+    def __init__(self, language: str) -> None:
+        """Take a language as `LexicalIndex` does (UnknownNameError: no stemmer for it)."""
+        self._known = dict.fromkeys(_stop_words(language), "")
         self._stem: Callable[[str], str] = str
         if language != "none":
             import Stemmer
@@ -106,6 +107,7 @@ class _Stems:
             self._stem = Stemmer.Stemmer(language, 0).stemWord  # 0: its own cache is small, and slow once full
 
     def __call__(self, text: str) -> list[str]:
+        """Return the stems of a text's words, in order."""
         stems = []
         for word in _words(text):
             stem = self._known.get(word)
@@ -130,14 +132,31 @@ def _words(text: str) -> Iterator[str]:
             yield from (unspaced[i : i + 2] for i in range(len(unspaced) - 1))
 
 
+@functools.cache
+def _bm25s() -> Any:
+    """Import bm25s without JAX, which it would start where it is installed: that takes most of a GPU's memory."""
+    unwanted = "jax" not in sys.modules
+    if unwanted:
+        sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        import bm25s
+        import bm25s.stopwords
+    finally:
+        if unwanted:
+            del sys.modules["jax"]
+    return bm25s
+
+
+@functools.cache
 def _stop_words(language: str) -> frozenset[str]:
     if language == "none":
         return frozenset()
-    import bm25s.stopwords
     import Stemmer
+
+    stop_words = _bm25s().stopwords
 
     if language not in Stemmer.algorithms():
         raise UnknownNameError(f"no stemmer for {language!r}; choose none, {', '.join(Stemmer.algorithms())}")
     # The longer English list has the question words, which would favour passages that ask something.
     name = "STOPWORDS_EN_PLUS" if language in {"english", "porter"} else f"STOPWORDS_{language.upper()}"
-    return frozenset(word for entry in getattr(bm25s.stopwords, name, ()) for word in _words(entry))
+    return frozenset(word for entry in getattr(stop_words, name, ()) for word in _words(entry))

@@ -39,21 +39,23 @@ def partial_attention(
         grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
         out, lse = _FLASH(grouped, k, v, 0.0, False, scale=scale)
         return out.reshape(batch, heads, queries, -1), _rows(lse, grouped).reshape(batch, heads, queries)
-    if not torch.isfinite(v).all() or not torch.isfinite(k).all():
+    # One pass a tensor: a finite sum has only finite terms, and one that overflows merely takes the slower way.
+    if not torch.isfinite(k.sum() + v.sum()):
         return reference(q, k, v, mask, scale=scale)
-    group = heads // kv_heads
+    group, rows = heads // kv_heads, batch * kv_heads
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     bias = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
-    out, lse = _FLASH(
-        q,
-        k.repeat_interleave(group, 1),
-        v.repeat_interleave(group, 1),
-        0.0,
-        False,
-        attn_mask=bias,
-        scale=scale,
-    )
-    lse = _rows(lse, q)
+    # A KV head is a batch entry whose keys its query heads share, so that no key is copied.
+    own = bias.shape[1] == heads
+    spread = bias.expand(batch, heads if own else 1, -1, -1)
+    if own:
+        spread = spread.reshape(rows, group, *spread.shape[2:])
+    else:
+        spread = spread.unsqueeze(1).expand(-1, kv_heads, -1, -1, -1).reshape(rows, 1, *spread.shape[2:])
+    grouped = q.reshape(rows, group, queries, dim)
+    shared = (x.reshape(rows, 1, *x.shape[2:]).expand(-1, group, -1, -1) for x in (k, v))
+    out, lse = _FLASH(grouped, *shared, 0.0, False, attn_mask=spread, scale=scale)
+    out, lse = out.reshape(batch, heads, queries, -1), _rows(lse, grouped).reshape(batch, heads, queries)
     # The kernel leaves NaN in rows that attend to nothing.
     nothing = ~mask.any(-1).view(bias.shape[:-1]).expand(batch, heads, queries)
     return out.masked_fill(nothing.unsqueeze(-1), 0.0), lse.masked_fill(nothing, float("-inf"))

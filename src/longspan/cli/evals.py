@@ -1,0 +1,166 @@
+"""`longspan eval`: what a model forgets, and what reading less costs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli import options, output, work
+from longspan.cli.progress import Progress
+from longspan.errors import SaveError, UsageError
+from longspan.lengths import lengths_of
+
+if TYPE_CHECKING:
+    from longspan.engine.llm import LLM
+    from longspan.evals.journal import Journal
+
+_EXAMPLE = 'longspan eval compare --doc manual.md --mechanisms "quest tree" --budgets 1/4,1/8'
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands."""
+    evals = typer.Typer(
+        no_args_is_help=False,
+        invoke_without_command=True,
+        callback=_eval,
+        help="Measure what a model forgets, and what reading less costs.",
+        epilog=f"Example: {_EXAMPLE}",
+        rich_markup_mode=None,
+    )
+    evals.command("compare", epilog=f"Example: {_EXAMPLE}")(compare)
+    app.add_typer(evals, name="eval")
+
+
+def _eval(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        output.write(context.get_help().rstrip() + "\n")
+
+
+def compare(
+    doc: options.Documents = None,
+    model: options.Model = None,
+    mechanisms: Annotated[
+        str,
+        typer.Option("--mechanisms", metavar="SPECS", help="Specifications with spaces between, or all that choose."),
+    ] = "all",
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="SHARES", help="Shares of the context's keys that a query may read.")
+    ] = "1/2,1/4,1/8,1/16",
+    lengths: Annotated[str, typer.Option("--lengths", metavar="N,N", help="Tokens of context, such as 2K,4K.")] = "4K",
+    prefill: options.Prefill = None,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens whose perplexity is measured.")] = 128,
+    greedy: Annotated[int, typer.Option("--greedy", metavar="N", help="Greedy tokens that are compared.")] = 64,
+    haystacks: Annotated[int, typer.Option("--haystacks", metavar="N", help="Haystacks of 8 needles each.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which haystacks.")] = 0,
+    device: options.Device = "auto",
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FOLDER", help="Keep rows and pictures here; a run that was stopped goes on."),
+    ] = None,
+    json: options.AsJson = False,
+) -> None:
+    """Compare mechanisms side by side: perplexity, agreement with dense, needles, keys read, decode speed.
+
+    Without --doc the text is the Python language reference, which every Python has.
+    """
+    shares, wanted = _shares(budgets), lengths_of(lengths)
+    if min(tokens, greedy) < 2 or haystacks < 1:
+        raise UsageError("--tokens and --greedy need at least 2, --haystacks at least 1")
+    with Progress() as progress:
+        text = _text(doc, progress)
+        from longspan.attention import parse
+        from longspan.evals.arguments import specs_of
+        from longspan.evals.compare import Row, Task, choosing, measure
+        from longspan.evals.compare_report import picture, table
+        from longspan.evals.environment import environment
+
+        specs = list(choosing()) if mechanisms.strip() == "all" else specs_of(mechanisms)
+        read_by = None if prefill is None else parse(prefill)
+        llm = work.load(model, None, device, progress)
+        about = environment(llm.model.device, "eval compare", sys.argv[3:]) | {"model": llm.model.name}
+        about["command"] = about["command"].replace("python -m", "longspan", 1)
+        rows: list[dict[str, Any]] = []
+        with _journal(out) as journal:
+            journal.begin(about)
+            for length in wanted:
+                task = Task(length, _tokens(llm, text, length + tokens), haystacks, greedy, seed)
+                same = asdict(replace(task, tokens=[])) | {
+                    "perplexity_tokens": tokens,
+                    "prefill": prefill or "dense",
+                    "model": llm.model.fingerprint,
+                }
+                mine = [entry.row for entry in journal.entries if entry.row["task"] == same]
+                known = [Row(**row["row"]) for row in mine]
+                for row in measure(llm, specs, shares, task, read_by, known, progress.busy):
+                    journal.append({"task": same, "row": asdict(row)})
+                    mine.append({"row": asdict(row)})
+                rows += [each["row"] for each in mine]
+        pictures = []
+        if out is not None:
+            for length in wanted:
+                file = Path(out) / f"compare-{length}.png"
+                picture([row for row in rows if row["length"] == length], f"{llm.model.name}, {about['device']}", file)
+                pictures.append(str(file))
+    if json:
+        output.write_json({**about, "rows": rows, "pictures": pictures})
+        return
+    shown = output.table(
+        "mechanism", ">budget", ">length", ">keys", ">perplexity", ">as dense", ">needles", ">tokens/s"
+    )
+    for line in table(rows):
+        shown.add_row(*line)
+    output.write_rich(shown)
+    for name in pictures:
+        output.say(f"picture: {name}")
+
+
+def _shares(text: str) -> list[str]:
+    """Read shares such as `1/2,1/8`, each of them once."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            share = Fraction(part)
+        except (ValueError, ZeroDivisionError):
+            share = Fraction(0)
+        if not 0 < share <= 1:
+            raise UsageError(f"{part!r} is no share of the keys: write 1/8 or 0.125")
+        found.append(part)
+    if not found:
+        raise UsageError("--budgets names no share of the keys: write 1/4,1/8")
+    return list(dict.fromkeys(found))
+
+
+def _text(doc: list[str] | None, progress: Progress) -> str:
+    if not doc:
+        from longspan.evals.haystack import prose
+
+        return prose()
+    return "\n\n".join(document.text for document in work.read_files(doc, progress).documents)
+
+
+def _tokens(llm: LLM, text: str, count: int) -> list[int]:
+    """Return the first `count` tokens of a text (UsageError: it has fewer)."""
+    tokens = llm.model.tokens(text[: count * 12])[:count]
+    if len(tokens) < count:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens but {count} are needed: give more with --doc, or less --lengths"
+        )
+    return tokens
+
+
+def _journal(out: str | None) -> Journal:
+    from longspan.evals.journal import Journal
+
+    if out is None:
+        return Journal(None)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"can't make {folder}: {error.strerror or error}") from error
+    return Journal(folder / "rows.jsonl")

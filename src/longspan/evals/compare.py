@@ -1,0 +1,261 @@
+"""Mechanisms side by side on one text: what reading less costs, at several budgets of keys.
+
+The text is prefilled once a length (densely, or as asked); each mechanism at each budget then goes on from that same
+context, so that what differs is what it reads and nothing else. Measured against dense:
+
+- perplexity of the text's next tokens, as a ratio;
+- agreement: on dense's own greedy continuation, how often the mechanism's likeliest token is the same;
+- needles: facts of one form with distractors (multi-key), asked for at the end of a haystack of the same length;
+- keys that one query head scores or reads in a decode step, averaged over the layers;
+- decode speed: the median step.
+
+A budget is a share of the context's keys. It does not measure prefill, and one text is one sample.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from longspan.attention import Hints, Mechanism, make, mechanisms, parse
+from longspan.engine.contexts import KVContext
+from longspan.engine.llm import LLM
+from longspan.errors import UsageError
+from longspan.evals.needle import build
+from longspan.hf.model import CausalModel
+from longspan.retrieval.choose import choose_pages, page_mass
+
+_ASKING = 64
+"""Newest tokens of a plain text that ask for pages in place of a question."""
+_ANSWER = 28
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured at one length."""
+
+    length: int
+    tokens: list[int]
+    """The text: `length` tokens, and those whose perplexity is measured."""
+    haystacks: int
+    greedy: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A mechanism at one budget."""
+
+    spec: str
+    """As the user wrote it."""
+    budget: str
+    """A share such as `1/8`, or `all`."""
+    mechanism: Mechanism
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mechanism at one budget and length."""
+
+    mechanism: str
+    budget: str
+    length: int
+    options: str
+    """The specification with the options that the budget set."""
+    keys: float
+    perplexity: float
+    perplexity_ratio: float
+    agreement: float
+    greedy_tokens: int
+    needles: int
+    questions: int
+    decode_tokens_per_s: float
+
+
+def contenders(specs: list[str], budgets: list[str], length: int) -> list[Contender]:
+    """Return every mechanism at every budget, dense first; one without a budget stands as it is.
+
+    Args:
+        specs: specifications.
+        budgets: shares such as `1/8`.
+        length: tokens of the context.
+
+    Raises:
+        UsageError: no such mechanism, or a budget that it can't work within.
+    """
+    found = [Contender("dense", "all", make("dense"))]
+    for spec in specs:
+        mechanism = parse(spec)
+        if mechanism.name == "dense":
+            continue
+        if mechanism.prefill_only:
+            raise UsageError(f"{spec} makes prefill cheaper and decodes densely: give it with --prefill")
+        found += [
+            Contender(spec, budget, mechanism.within(max(1, int(Fraction(budget) * length)), length))
+            for budget in budgets
+        ]
+    return found
+
+
+def choosing() -> Iterator[str]:
+    """Yield a specification for every mechanism that reads within a budget, for each who can choose in it."""
+    for name, cls in mechanisms().items():
+        if cls.prefill_only or cls.exact or cls.needs_training or cls.within is Mechanism.within:
+            continue
+        if "read" in cls.options():
+            yield f"{name}:read=place"
+        elif "who" in cls.options():
+            yield from (f"{name}:who={who}" for who in ("head", "layer", "model"))
+        elif "summary" in cls.options():
+            yield from (f"{name}:summary={summary}" for summary in ("key", "bounds"))
+        else:
+            yield name
+
+
+def measure(
+    llm: LLM,
+    specs: list[str],
+    budgets: list[str],
+    task: Task,
+    prefill: Mechanism | None = None,
+    known: Sequence[Row] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """Yield a row a contender, dense first.
+
+    Args:
+        llm: its model and retrieval heads; how it attends is not used.
+        specs: see `contenders`.
+        budgets: see `contenders`.
+        task: what is measured.
+        prefill: by what the contexts are read; None: densely.
+        known: rows of this task that an earlier run measured: they are left out.
+        say: told what is being done.
+
+    Raises:
+        UsageError: a mechanism that can't work within a budget.
+    """
+    model = llm.model
+    done = {(row.mechanism, row.budget): row for row in known}
+    runners = [each for each in contenders(specs, budgets, task.length) if (each.spec, each.budget) not in done]
+    if not runners:
+        return
+    say(f"{task.length} tokens: reading the text")
+    text = _Text(llm, task, prefill)
+    say(f"{task.length} tokens: reading {task.haystacks} haystacks")
+    needles = _Needles(llm, task, prefill)
+    dense = done.get(("dense", "all"))
+    for number, runner in enumerate(runners, 1):
+        say(f"{task.length} tokens, {number} of {len(runners)}: {runner.mechanism.describe()}")
+        perplexity, agreement, speed = text.measure(runner.mechanism)
+        right, questions = needles.score(runner.mechanism)
+        row = Row(
+            mechanism=runner.spec,
+            budget=runner.budget,
+            length=task.length,
+            options=runner.mechanism.describe(),
+            keys=round(_keys(runner.mechanism, task.length, model), 1),
+            perplexity=round(perplexity, 4),
+            perplexity_ratio=round(perplexity / dense.perplexity, 4) if dense else 1.0,
+            agreement=round(agreement, 4),
+            greedy_tokens=task.greedy,
+            needles=right,
+            questions=questions,
+            decode_tokens_per_s=round(speed, 2),
+        )
+        dense = dense or row
+        yield row
+
+
+class _Text:
+    """A text that was read once, its next tokens, and dense's own greedy continuation of it."""
+
+    def __init__(self, llm: LLM, task: Task, prefill: Mechanism | None) -> None:
+        self.llm, self.task = llm, task
+        self.context = KVContext(llm.model, make("dense"), prefill)
+        # The last token is read by each mechanism itself: its logits are the first that count.
+        self.context.extend(task.tokens[: task.length - 1])
+        self.last = task.tokens[task.length - 1]
+        self.pages: Tensor | None = None
+        self.continuation = self._greedy()
+
+    def measure(self, mechanism: Mechanism) -> tuple[float, float, float]:
+        """Return perplexity of the next tokens, agreement with dense, and decode tokens/s."""
+        context, before = self.context, self.context.length
+        context.mechanism, context.hints = mechanism, self._hints(mechanism)
+        try:
+            following = self.task.tokens[self.task.length :]
+            logits = context.score([self.last, *following[:-1]])
+            wanted = torch.tensor(following, device=logits.device)
+            perplexity = math.exp(float(torch.nn.functional.cross_entropy(logits, wanted)))
+            context.truncate(before)
+            agreed, seconds = 0, []
+            for token, wanted_next in zip([self.last, *self.continuation[:-1]], self.continuation, strict=True):
+                since = time.perf_counter()
+                agreed += int(context.step([token]).argmax()) == wanted_next
+                seconds.append(time.perf_counter() - since)
+        finally:
+            context.truncate(before)
+            context.mechanism, context.hints = make("dense"), Hints()
+        return perplexity, agreed / len(self.continuation), 1 / statistics.median(seconds)
+
+    def _greedy(self) -> list[int]:
+        before, found, token = self.context.length, [], self.last
+        for _ in range(self.task.greedy):
+            token = int(self.context.step([token]).argmax())
+            found.append(token)
+        self.context.truncate(before)
+        return found
+
+    def _hints(self, mechanism: Mechanism) -> Hints:
+        """Return the pages that the newest tokens ask for, since a plain text has no question."""
+        if not mechanism.wanted_pages:
+            return Hints()
+        if self.pages is None:
+            asking = self.context.tokens[-_ASKING:]
+            mass = self.context.mass(asking, self.llm.heads())
+            mass[:, -2 * _ASKING :] = 0  # the asking tokens themselves, which every window holds
+            self.pages = page_mass(mass)
+        chosen = choose_pages(self.pages, mechanism.wanted_pages)
+        return Hints(chosen_pages=tuple(choice.page for choice in chosen))
+
+
+class _Needles:
+    """Haystacks that were read once, and their questions."""
+
+    def __init__(self, llm: LLM, task: Task, prefill: Mechanism | None) -> None:
+        self.llm = LLM(llm.model, "dense")
+        self.read = []
+        for i in range(task.haystacks):
+            haystack = build(llm.model, "multikey", task.length, task.seed + i)
+            session = self.llm.session()
+            session.memory = KVContext(llm.model, make("dense"), prefill)
+            self.llm.add_text(session, haystack.text)
+            self.llm.prefill(session)
+            self.read.append((session, haystack))
+
+    def score(self, mechanism: Mechanism) -> tuple[int, int]:
+        """Return how many answers are right, of how many questions."""
+        right = asked = 0
+        for session, haystack in self.read:
+            # The session goes on from the context that was read densely.
+            session.memory.mechanism = self.llm.attention = mechanism
+            for question in haystack.questions:
+                right += question.right(self.llm.ask(question.text, session, max_tokens=_ANSWER).own_words)
+                asked += 1
+        return right, asked
+
+
+def _keys(mechanism: Mechanism, length: int, model: CausalModel) -> float:
+    """Return the keys and summaries that a decode step reads a query head, averaged over the layers."""
+    layers = model.dimensions.layers
+    dense = min(layers, int(getattr(mechanism, "dense_layers", 0)))
+    keys = mechanism.cost(length, model.dimensions.shape(4.0)).decode_keys
+    return (dense * length + (layers - dense) * keys) / layers

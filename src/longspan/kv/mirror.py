@@ -1,0 +1,76 @@
+"""Keys rotated to their own positions, kept beside the pages for readers of the whole context.
+
+Rotating every key for every token would cost more than attention itself. The copy only ever grows at its end, and
+contexts that were forked share it until one of them needs other rows than it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longspan.kv.base import PAGE
+
+
+class _Rows:
+    """Rows `[1, Hkv, capacity, D]`, how many of them are written, and how many contexts read them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.written, self.readers = rows, 0, 1
+
+
+class Mirror:
+    """One context's rotated keys, as far as they were asked for."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._rows: _Rows | None = None
+        self.length = 0
+
+    @property
+    def held(self) -> Tensor:
+        """The memory of the rows, `[1, Hkv, capacity, D]` without gaps: only the first `length` mean anything."""
+        assert self._rows is not None, "nothing was read yet"
+        return self._rows.rows
+
+    def read(self, stop: int, rotated: Callable[[int, int], Tensor]) -> Tensor:
+        """Return the keys `[1, Hkv, stop, D]` of the first tokens; `rotated(start, stop)` gives those that lack."""
+        if self._rows is None or self.length < stop:
+            self._extend(stop, rotated(self.length, stop))
+        assert self._rows is not None
+        return self._rows.rows[:, :, :stop]
+
+    def truncate(self, length: int) -> None:
+        """Forget every row from `length` on."""
+        self.length = min(self.length, length)
+
+    def fork(self) -> Mirror:
+        """Return a mirror that shares these rows."""
+        other = Mirror()
+        if self._rows is not None:
+            self._rows.readers += 1
+            other._rows, other.length = self._rows, self.length
+        return other
+
+    def clear(self) -> None:
+        """Forget every row and give the memory back."""
+        if self._rows is not None:
+            self._rows.readers -= 1
+        self._rows, self.length = None, 0
+
+    def _extend(self, stop: int, fresh: Tensor) -> None:
+        kept = self._rows
+        # Rows behind `length` may be another context's, if it was forked from this one and went on.
+        others = kept is not None and kept.readers > 1 and kept.written != self.length
+        if kept is None or others or kept.rows.shape[2] < stop:
+            capacity = max(4 * PAGE, stop + stop // 2)
+            with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
+                grown = _Rows(fresh.new_empty(1, fresh.shape[1], capacity, fresh.shape[3]))
+            if kept is not None:
+                grown.rows[:, :, : self.length] = kept.rows[:, :, : self.length]
+                kept.readers -= 1
+            kept = self._rows = grown
+        kept.rows[:, :, self.length : stop] = fresh
+        self.length = kept.written = stop

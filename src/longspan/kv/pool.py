@@ -1,0 +1,158 @@
+"""The memory of one layer: planes by format, summaries, and exact copies in host memory.
+
+Pages of any number of contexts lie in a pool, shared by reference count. A page table entry is a handle, plane and slot
+in one number; the native plane (the type that keys are computed in) has number 0, so that its handles are slots.
+The pool does not know which page of which context a slot holds, nor who pays for it: `pages.py` does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.kv import formats
+from longspan.kv.base import BLOCK, PAGE, SUMMARIES
+from longspan.kv.budget import Budget
+from longspan.kv.planes import SHIFT, PagePlane, Plane
+
+
+class Movable(Protocol):
+    """Who refers to slots and must hear when they move."""
+
+    def moved(self, plane: Plane, moves: dict[int, int]) -> None:
+        """Follow the slots of a plane that were moved, from old to new."""
+
+
+class PagePool:
+    """Slots for the pages of one layer, of every context that shares this pool."""
+
+    def __init__(
+        self,
+        kv_heads: int,
+        dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: Budget | None = None,
+        *,
+        kv_format: str | None = None,
+        summaries: Sequence[str] = (),
+        block: int = PAGE,
+    ) -> None:
+        """Start without any slot.
+
+        Args:
+            kv_heads: KV heads of the layer.
+            dim: size of a key.
+            value_dim: size of a value.
+            dtype: the float type that keys and values come in; a page that is not full is held in it.
+            device: where pages lie.
+            budget: bytes that all contexts of this pool (and of others with the same budget) may take together.
+            kv_format: format of full pages (`formats.names()`); None: the float type itself.
+            summaries: which of `kv.base.SUMMARIES` are kept up to date for every page.
+            block: tokens that one summary stands for, a divisor of `PAGE` and a multiple of `BLOCK`.
+
+        Raises:
+            UnknownNameError: no such format.
+            UsageError: a format that is not narrower than the type, or a budget below one page.
+        """
+        assert PAGE % block == 0 and block % BLOCK == 0, f"a page is not made of blocks of {block}"
+        assert set(summaries) <= set(SUMMARIES), f"unknown summaries {summaries}"
+        self.kv_heads, self.dims, self.dtype, self.device = kv_heads, {"k": dim, "v": value_dim}, dtype, device
+        self.budget = Budget() if budget is None else budget
+        self.summaries, self.block = tuple(summaries), block
+        self.format = formats.format_of(kv_format, dtype)
+        self._planes: list[PagePlane] = []
+        self._contexts: weakref.WeakSet[Movable] = weakref.WeakSet()
+        self.native = self.plane(formats.format_for(dtype).name)
+        root = self.budget.root
+        per_page = PAGE // block
+        self.marks = Plane(
+            {what: ((per_page, value_dim if what == "mean_value" else dim), dtype) for what in self.summaries},
+            kv_heads,
+            device,
+            root,
+        )
+        # Host memory is nobody's budget here: a copy there is what frees the device.
+        self.host = PagePlane(0, self.native.format, kv_heads, self.dims, torch.device("cpu"), Budget())
+        self.budget.require(self.least_bytes, "one page of a layer")
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes without which not even one token can be kept: one page that is not full yet, and its summaries."""
+        return self.native.page_bytes + self.marks.page_bytes
+
+    @property
+    def keys(self) -> Tensor:
+        """The native plane's keys `[Hkv, slots, PAGE, D]`."""
+        return self.native.tensors["k"]
+
+    @property
+    def values(self) -> Tensor:
+        """The native plane's values `[Hkv, slots, PAGE, Dv]`."""
+        return self.native.tensors["v"]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots for pages, used and free, in all formats."""
+        return sum(plane.slots for plane in self._planes)
+
+    @property
+    def free(self) -> int:
+        """Number of slots that hold no page."""
+        return sum(len(plane.free_slots) for plane in self._planes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that is set aside on the device, free slots included."""
+        return sum(plane.nbytes for plane in self._planes) + self.marks.nbytes
+
+    @property
+    def planes(self) -> Sequence[PagePlane]:
+        """The planes so far, by number."""
+        return self._planes
+
+    @property
+    def _free(self) -> list[int]:
+        return self.native.free_slots
+
+    @_free.setter
+    def _free(self, slots: list[int]) -> None:
+        self.native.free_slots = slots
+
+    def plane(self, name: str) -> PagePlane:
+        """Return the plane of a format, made on first use (UnknownNameError, UsageError: see `formats.format_of`)."""
+        made = formats.format_of(name, self.dtype)
+        for plane in self._planes:
+            if plane.format is made:
+                return plane
+        plane = PagePlane(len(self._planes), made, self.kv_heads, self.dims, self.device, self.budget.root)
+        self._planes.append(plane)
+        return plane
+
+    def find(self, handle: int) -> tuple[PagePlane, int]:
+        """Return the plane and the slot of a handle."""
+        return self._planes[handle >> SHIFT], handle & ((1 << SHIFT) - 1)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for at least this many pages of the native type."""
+        self.native.reserve(slots)
+
+    def join(self, context: Movable) -> None:
+        """Tell a context from now on when slots move."""
+        self._contexts.add(context)
+
+    def compact(self) -> None:
+        """Give the memory of free slots back, by moving pages to the front of their planes.
+
+        A budget counts pages; the memory they leave behind when they are demoted is only freed here.
+        """
+        for plane in (*self._planes, self.marks, self.host):
+            if plane.free_slots:
+                moves = plane.compact()
+                for context in list(self._contexts):
+                    context.moved(plane, moves)

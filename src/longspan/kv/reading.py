@@ -1,0 +1,151 @@
+"""Reading one context's pages, in whichever slots and formats they lie.
+
+Where all pages asked for are neighbours of the native plane, what is returned is a view. It does not change anything
+but what it keeps to read faster: `pages.py` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.kv.base import PAGE, LayerKV
+from longspan.kv.blocks import BlockSummaries
+from longspan.kv.budget import Budget
+from longspan.kv.mirror import Mirror
+from longspan.kv.planes import SHIFT
+from longspan.kv.pool import PagePool
+from longspan.kv.rotary import Rotary
+from longspan.kv.tables import DROPPED, SlotTable
+
+_SLOT = (1 << SHIFT) - 1
+
+
+class PageReader(LayerKV):
+    """One layer's keys and values of one context (B = 1), in pages of a pool."""
+
+    pool: PagePool
+    rotary: Rotary | None
+    budget: Budget
+    pages: SlotTable
+    blocks: BlockSummaries
+    mirror: Mirror
+    _length: int
+
+    @property
+    def length(self) -> int:
+        """See `LayerKV`."""
+        return self._length
+
+    @property
+    def table(self) -> list[int]:
+        """Where each page lies: a handle of the pool, its slot where it is held in the native type."""
+        return self.pages.slots
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """See `LayerKV`."""
+        return self._read("k", start, stop)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See `LayerKV`."""
+        return self._read("v", start, stop)
+
+    def gather_keys(self, index: Tensor) -> Tensor:
+        """See `LayerKV`."""
+        found: Tensor = self._gather("k", index.reshape(1, -1))
+        return found.view(1, found.shape[0], *index.shape, -1)
+
+    def gather_values(self, index: Tensor) -> Tensor:
+        """See `LayerKV`."""
+        found: Tensor = self._gather("v", index.reshape(1, -1))
+        return found.view(1, found.shape[0], *index.shape, -1)
+
+    def gather(self, index: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
+        """See `LayerKV`."""
+        index = index.to(self.pool.device)
+        v = self._gather("v", index[0]).unsqueeze(0)
+        if rotated and self.mirrored:
+            self.keys_at_own_positions(0, self._length)
+            return _rows(self.mirror.held[0], index[0]).unsqueeze(0), v
+        k = self._gather("k", index[0]).unsqueeze(0)
+        return (self.rotary(k, index) if rotated and self.rotary is not None else k), v
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether rotated keys are kept: where memory is not limited, and for pages that are held as they came."""
+        return self.rotary is not None and self.pages.plain and not self.budget.limited
+
+    def keys_at_own_positions(self, start: int, stop: int) -> Tensor:
+        """See `LayerKV`; a reader of the whole context gets keys that were rotated once and kept."""
+        if not self.mirrored or (start > 0 and self.mirror.length < stop):
+            return super().keys_at_own_positions(start, stop)
+        return self.mirror.read(stop, super().keys_at_own_positions)[:, :, start:]
+
+    def summary(self, what: str, block: int = PAGE) -> Tensor:
+        """See `LayerKV`."""
+        return self.blocks.get(self, what, block)
+
+    def readable(self) -> Tensor | None:
+        """See `LayerKV`."""
+        if self.pages.plain:
+            return None
+        held = self.pages.tensor(self.pool.device) != DROPPED
+        return None if bool(held.all()) else held
+
+    def _read(self, what: str, start: int, stop: int) -> Tensor:
+        """Return the keys `k` or values `v` of tokens `start .. stop - 1` as `[1, Hkv, n, D]`."""
+        pool = self.pool
+        assert 0 <= start <= stop <= self._length, f"{start}..{stop} of a context of {self._length}"
+        if start == stop:
+            return torch.empty(1, pool.kv_heads, 0, pool.dims[what], dtype=pool.dtype, device=pool.device)
+        first, last = start // PAGE, -(-stop // PAGE)
+        handle = self.pages.run(first, last)
+        if handle is not None:
+            assert handle != DROPPED, "a dropped page was asked for"
+            plane, slot = pool.find(handle)
+            pages = plane.read(slice(slot, slot + last - first), what, pool.dtype)
+        elif self.pages.native(first, last):
+            pages = pool.native.read(self.pages.tensor(pool.device)[first:last], what, pool.dtype)
+        else:
+            pages = self.whole_pages(torch.arange(first, last), what)
+        return pages.flatten(1, 2)[:, start - first * PAGE : stop - first * PAGE].unsqueeze(0)
+
+    def whole_pages(self, which: Tensor, what: str) -> Tensor:
+        """Return `k` or `v` of the pages in `which` (int64 `[n]`) as `[Hkv, n, PAGE, D]`, behind the last token too."""
+        pool = self.pool
+        handles = self.pages.tensor(pool.device)[which.to(pool.device)]
+        assert not bool((handles == DROPPED).any()), "a dropped page was asked for"
+        out = torch.empty(pool.kv_heads, len(which), PAGE, pool.dims[what], dtype=pool.dtype, device=pool.device)
+        for plane in pool.planes:
+            mine = (handles >> SHIFT == plane.number).nonzero().flatten()
+            if mine.numel():
+                out[:, mine] = plane.read(handles[mine] & _SLOT, what, pool.dtype)
+        return out
+
+    def _gather(self, what: str, index: Tensor) -> Tensor:
+        """Return `k` or `v` `[Hkv, F, D]` of the tokens that each head (or, `[1, F]`, every head) wants."""
+        pool = self.pool
+        index = index.to(pool.device)
+        handle, offset = self.pages.tensor(pool.device)[index // PAGE], index % PAGE
+        if self.pages.plain:
+            held = pool.native.tensors[what].flatten(1, 2)
+            # int64 throughout: a pool of one layer of a 10M context passes 2^31 elements.
+            flat = handle * PAGE + offset
+            return held[:, flat[0]] if index.shape[0] == 1 else _rows(held, flat)
+        assert not bool((handle == DROPPED).any()), "a dropped page was asked for"
+        shape = (pool.kv_heads, index.shape[1])
+        head = torch.arange(pool.kv_heads, device=pool.device).unsqueeze(1).expand(shape).flatten()
+        handle, offset = handle.expand(shape).flatten(), offset.expand(shape).flatten()
+        out = torch.empty(len(head), pool.dims[what], dtype=pool.dtype, device=pool.device)
+        for plane in pool.planes:
+            mine = (handle >> SHIFT == plane.number).nonzero().flatten()
+            if mine.numel():
+                out[mine] = plane.rows(head[mine], handle[mine] & _SLOT, offset[mine], what, pool.dtype)
+        return out.view(*shape, -1)
+
+
+def _rows(held: Tensor, index: Tensor) -> Tensor:
+    """Return the rows `[Hkv, F, D]` that each head chose by `[Hkv, F]` of `[Hkv, n, D]`."""
+    heads, tokens, dim = held.shape
+    chosen = index + torch.arange(heads, device=index.device).unsqueeze(1) * tokens
+    return held.view(heads * tokens, dim)[chosen.flatten()].view(heads, -1, dim)

@@ -1,0 +1,193 @@
+"""What goes to a file of one layer's pages, and what comes back.
+
+Tensors by name: `pages`, `k` and `v` of the pages in the native type; `FORMAT.pages`, `FORMAT.k`, `FORMAT.k_scale`
+and so on of those in another format; `host.*` of exact copies; `marks.*` of the summaries of pages that are not held
+exactly (others are computed again), and `asked.KIND.BLOCK` of summaries that the pool does not keep itself.
+It does not know files: the sessions' store does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longspan.errors import SessionCorruptError
+from longspan.kv import formats
+from longspan.kv.base import PAGE
+from longspan.kv.planes import PagePlane, Plane
+from longspan.kv.pool import PagePool
+from longspan.kv.tables import DROPPED, NATIVE, SlotTable
+
+if TYPE_CHECKING:
+    from longspan.kv.pages import PagedKV
+
+
+def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a context, each name with a prefix."""
+    pool, out = kv.pool, {}
+    for plane in pool.planes:
+        held = [page for page, handle in enumerate(kv.table) if handle != DROPPED and pool.find(handle)[0] is plane]
+        if held or plane is pool.native:
+            slots = [pool.find(kv.table[page])[1] for page in held]
+            out.update(_plane_tensors(plane, slots, held, kv.length, _prefix(pool, plane)))
+    if kv.exact:
+        held = sorted(kv.exact)
+        out.update(_plane_tensors(pool.host, [kv.exact[page] for page in held], held, kv.length, "host."))
+    kept = [page for page, mark in enumerate(kv.blocks.table.slots) if mark != DROPPED and not _recomputed(kv, page)]
+    if kept:
+        marks = [kv.blocks.table.slots[page] for page in kept]
+        out["marks.pages"] = torch.tensor(kept, dtype=torch.int64)
+        for what, tensor in pool.marks.tensors.items():
+            out[f"marks.{what}"] = _without_tail(tensor[:, marks], kept, kv.length, pool.block)
+    if not kv.pages.plain:
+        for (what, block), tensor in kv.blocks.asked.items():
+            out[f"asked.{what}.{block}"] = tensor[0].contiguous()
+    return {prefix + name: tensor for name, tensor in out.items()}
+
+
+@dataclass
+class Parts:
+    """Saved tensors that were found to fit a context."""
+
+    groups: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]]
+    exact: tuple[list[int], Mapping[str, Tensor]]
+    marks: tuple[list[int], Mapping[str, Tensor]]
+    asked: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def summarised(self) -> list[int]:
+        """Pages that have summaries: those that can be read, and those whose summaries were saved."""
+        return sorted({page for pages, _ in self.groups.values() for page in pages} | set(self.marks[0]))
+
+    def takes(self, pool: PagePool) -> dict[Plane, int]:
+        """Return how many slots of each plane are needed."""
+        takes: dict[Plane, int] = {plane: len(pages) for plane, (pages, _) in self.groups.items()}
+        takes[pool.marks] = len(self.summarised) if pool.summaries else 0
+        return takes
+
+    def unpack(self, kv: PagedKV) -> None:
+        """Fill an empty context whose length is set and whose bytes are counted."""
+        pool, count = kv.pool, -(-kv.length // PAGE)
+        handles = [DROPPED] * count
+        for plane, (pages, tensors) in self.groups.items():
+            plane.reserve(len(pages))
+            for page, slot in zip(pages, _fill(plane, len(pages), tensors), strict=True):
+                handles[page] = plane.handle(slot)
+        kv.pages = SlotTable(handles)
+        pages, tensors = self.exact
+        kv.exact = dict(zip(pages, _fill(pool.host, len(pages), tensors), strict=True))
+        if pool.summaries:
+            self._summaries(kv, count)
+        kv.blocks.asked = {key: tensor.to(pool.device, pool.dtype).unsqueeze(0) for key, tensor in self.asked.items()}
+
+    def _summaries(self, kv: PagedKV, count: int) -> None:
+        pool, block = kv.pool, kv.pool.block
+        summarised, marks = self.summarised, [DROPPED] * count
+        for page, mark in zip(summarised, pool.marks.take(len(summarised)), strict=True):
+            marks[page] = mark
+        kv.blocks.table = SlotTable(marks)
+        saved, tensors = self.marks
+        kv.rounded = {page for page in saved if 0 <= kv.table[page] < NATIVE}
+        for what, tensor in pool.marks.tensors.items():
+            if saved:
+                tensor[:, [marks[page] for page in saved]] = tensors[what].to(tensor)
+        for page in sorted(set(summarised) - set(saved)):
+            start, stop = page * PAGE, min((page + 1) * PAGE, kv.length // block * block)
+            if stop > start:
+                kv.blocks.write(kv, start, kv.keys(start, stop)[0], kv.values(start, stop)[0])
+
+
+def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> Parts:
+    """Return what a context of `length` tokens would hold (SessionCorruptError if it does not fit); changes nothing."""
+    pool, count = kv.pool, -(-length // PAGE)
+    held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    groups = {}
+    for name in formats.names():
+        made = formats.named(name)
+        native = made is pool.native.format
+        if native or (f"{name}.pages" in held and made.bits < pool.native.format.bits):
+            plane = pool.plane(name)
+            groups[plane] = _group(held, _prefix(pool, plane), plane, count)
+    pages = [page for found, _ in groups.values() for page in found]
+    exact = _group(held, "host.", pool.host, count) if "host.pages" in held else ([], {})
+    marks = _group(held, "marks.", pool.marks, count) if pool.summaries and "marks.pages" in held else ([], {})
+    asked = {}
+    for name, tensor in held.items():
+        if name.startswith("asked."):
+            what, _, block = name.removeprefix("asked.").rpartition(".")
+            dim = pool.dims["v" if what == "mean_value" else "k"]
+            if not block.isdigit() or int(block) == 0 or tensor.shape[::2] != (pool.kv_heads, dim):
+                raise _unfit()
+            if tensor.shape[1] > length // int(block):
+                raise _unfit()
+            asked[what, int(block)] = tensor
+    if len(set(pages)) != len(pages):
+        raise _unfit()
+    return Parts(groups, exact, marks, asked)
+
+
+def _group(held: Mapping[str, Tensor], prefix: str, plane: Plane, count: int) -> tuple[list[int], Mapping[str, Tensor]]:
+    """Return the pages of one group and its tensors, by the plane's names."""
+    try:
+        pages = held[f"{prefix}pages"]
+        # A format without scales has nothing to save of them.
+        found = {name: held[f"{prefix}{name}"] for name, tensor in plane.tensors.items() if _saves(tensor)}
+    except KeyError as error:
+        raise SessionCorruptError(f"the saved pages lack {error}: remove the session and read again") from error
+    fits = (
+        pages.dim() == 1
+        and (pages.numel() == 0 or 0 <= int(pages[0]) <= int(pages[-1]) < count)
+        and bool((pages.diff() > 0).all())
+        and all(
+            found[name].shape == (tensor.shape[0], pages.numel(), *tensor.shape[2:])
+            for name, tensor in plane.tensors.items()
+            if name in found
+        )
+    )
+    if not fits:
+        raise _unfit()
+    return pages.tolist(), found
+
+
+def _plane_tensors(plane: Plane, slots: list[int], pages: list[int], length: int, prefix: str) -> dict[str, Tensor]:
+    out = {f"{prefix}pages": torch.tensor(pages, dtype=torch.int64)}
+    for name, tensor in plane.tensors.items():
+        if _saves(tensor):
+            whole = tensor[:, slots]
+            out[f"{prefix}{name}"] = _without_tail(whole, pages, length, 1) if tensor.shape[2] == PAGE else whole
+    return out
+
+
+def _without_tail(pages: Tensor, numbers: list[int], length: int, block: int) -> Tensor:
+    """Zero what lies behind the last token: whatever the memory held before is not for a file."""
+    if length % PAGE and numbers and numbers[-1] == length // PAGE:
+        pages[:, -1, length % PAGE // block :] = 0
+    return pages
+
+
+def _fill(plane: Plane, count: int, tensors: Mapping[str, Tensor]) -> list[int]:
+    slots = plane.take(count)
+    for name, tensor in tensors.items():
+        plane.tensors[name][:, slots] = tensor.to(plane.tensors[name])
+    return slots
+
+
+def _saves(tensor: Tensor) -> bool:
+    return tensor.shape[-1] > 0
+
+
+def _prefix(pool: PagePool, plane: PagePlane) -> str:
+    return "" if plane is pool.native else f"{plane.format.name}."
+
+
+def _recomputed(kv: PagedKV, page: int) -> bool:
+    """Whether a page's summaries are those of what it holds, so that they need not be saved."""
+    return 0 <= kv.table[page] < NATIVE and page not in kv.rounded
+
+
+def _unfit() -> SessionCorruptError:
+    return SessionCorruptError("the saved pages do not fit the model: remove the session and read again")

@@ -1,0 +1,82 @@
+"""A list of slots, one a page of a context, that knows which of them are neighbours and can be read as one view.
+
+Contexts of millions of tokens have a hundred thousand pages a layer: whether a range is one stretch of memory is
+looked up, not walked through.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NATIVE = 1 << 40
+"""Handles below this are slots of a pool's native plane (see `planes.py`)."""
+DROPPED = -2
+"""Stands for no slot. Not -1, which would make slot 0 its neighbour."""
+
+
+class SlotTable:
+    """Slots by page, in the order of the context."""
+
+    def __init__(self, slots: Iterable[int] = ()) -> None:
+        """Start with these slots."""
+        self.slots = list(slots)
+        self._others = sum(not 0 <= slot < NATIVE for slot in self.slots)
+        self._breaks: list[int] | None = None
+        self._tensor: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every page is held, in the native plane."""
+        return self._others == 0
+
+    def native(self, first: int, last: int) -> bool:
+        """Whether the pages `first .. last - 1` are all held in the native plane."""
+        return self.plain or all(0 <= slot < NATIVE for slot in self.slots[first:last])
+
+    def append(self, slot: int) -> None:
+        """Add the slot of the next page."""
+        if self._breaks is not None and self.slots and slot != self.slots[-1] + 1:
+            self._breaks.append(len(self.slots))
+        self.slots.append(slot)
+        self._others += not 0 <= slot < NATIVE
+        self._tensor = None
+
+    def cut(self, pages: int) -> None:
+        """Forget every page from `pages` on."""
+        if pages < len(self.slots):
+            self._others -= self._others and sum(not 0 <= slot < NATIVE for slot in self.slots[pages:])
+            del self.slots[pages:]
+            self._tensor = None
+            while self._breaks and self._breaks[-1] >= pages:
+                self._breaks.pop()
+
+    def put(self, page: int, slot: int) -> None:
+        """Give a page another slot."""
+        self._others += (not 0 <= slot < NATIVE) - (not 0 <= self.slots[page] < NATIVE)
+        self.slots[page] = slot
+        self._breaks = self._tensor = None
+
+    def move(self, moved: dict[int, int]) -> None:
+        """Follow slots that were moved, from old to new."""
+        self.slots = [moved.get(slot, slot) for slot in self.slots]
+        self._breaks = self._tensor = None
+
+    def run(self, first: int, last: int) -> int | None:
+        """Return the slot of page `first` if the pages `first .. last - 1` lie in neighbouring slots, else None."""
+        if self._breaks is None:
+            self._breaks = (np.flatnonzero(np.diff(np.array(self.slots, dtype=np.int64)) != 1) + 1).tolist()
+        after = bisect.bisect_right(self._breaks, first)
+        if after < len(self._breaks) and self._breaks[after] < last:
+            return None
+        return self.slots[first]
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """Return the slots as int64 `[pages]`."""
+        if self._tensor is None:
+            self._tensor = torch.tensor(self.slots, dtype=torch.int64, device=device)
+        return self._tensor

@@ -1,0 +1,291 @@
+"""Contexts that share a pool, in any order of operations, against plain lists.
+
+After every step: every slot is counted as often as it is referred to and free where it is not, budgets hold exactly
+what pages take and never more than their limit, what is free is NaN, and every context reads what it should.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from plain_pages import BLOCK, DIM, HEADS, SUMMARIES, VALUE_DIM, PlainContext, rows_of
+
+from longspan.errors import PoolExhaustedError
+from longspan.kv.base import PAGE
+from longspan.kv.budget import Budget
+from longspan.kv.pages import PagedKV, PagePool
+from longspan.kv.rotary import Rotary
+from longspan.kv.tables import DROPPED
+
+ROTARY = Rotary(torch.tensor([1.0, 0.1]))
+MOST = 4  # contexts at once
+WHICH, SHARE = st.integers(0, MOST - 1), st.floats(0, 1)
+
+
+class Pages(RuleBasedStateMachine):
+    kv_format = None
+
+    @initialize(total=st.sampled_from([None, 12, 30]), each=st.sampled_from([None, 9, 16]))
+    def start(self, total, each):
+        probe = self.new_pool(None)
+        self.page = probe.least_bytes
+        self.root = Budget(None if total is None else total * self.page, "whole")
+        self.each = None if each is None else each * self.page
+        self.pool = self.new_pool(self.root)
+        self.contexts, self.next = [], 0
+        self.add(PagedKV(self.pool, ROTARY, self.session()), PlainContext(self.kv_format or "fp32", ROTARY))
+
+    def new_pool(self, budget):
+        return PagePool(
+            HEADS, DIM, VALUE_DIM, torch.float32, torch.device("cpu"), budget,
+            kv_format=self.kv_format, summaries=SUMMARIES, block=BLOCK,
+        )  # fmt: skip
+
+    def session(self):
+        return self.root if self.each is None else Budget(self.each, "session", self.root)
+
+    def add(self, kv, plain):
+        self.contexts.append((kv, plain))
+
+    def pick(self, which):
+        return self.contexts[which % len(self.contexts)]
+
+    def refused(self, kv, plain, needed):
+        """A refusal must be for want of bytes: `needed` is the most that the change could have taken."""
+        left = kv.budget.left
+        assert left is not None and needed > left, "refused although there was room"
+        assert kv.length == plain.length
+
+    @rule(which=WHICH, count=st.one_of(st.integers(0, 150), st.sampled_from([1, 15, 16, PAGE - 1, PAGE, PAGE + 1])))
+    def append(self, which, count):
+        kv, plain = self.pick(which)
+        if not plain.can_append():
+            return
+        k, v = rows_of(self.next, count, DIM, 0), rows_of(self.next, count, VALUE_DIM, 5)
+        new = -(-(plain.length + count) // PAGE) - -(-plain.length // PAGE)
+        try:
+            kv.append(k.unsqueeze(0), v.unsqueeze(0))
+        except PoolExhaustedError:
+            # New pages, a copy of a shared one, and what a page that closes is quantised into.
+            self.refused(kv, plain, (new + 2) * self.page)
+        else:
+            self.next += count
+            plain.append(k, v)
+
+    @rule(which=WHICH, share=SHARE)
+    def truncate(self, which, share):
+        self.cut(*self.pick(which), lambda plain: int(plain.length * share))
+
+    @rule(which=WHICH)
+    def take_back(self, which):
+        self.cut(*self.pick(which), lambda plain: plain.committed)
+
+    def cut(self, kv, plain, to):
+        length = to(plain)
+        half = length // PAGE
+        exact = plain.raw.get(half) if length % PAGE else None
+        # What was open at the last commit must come back exactly; what closed later may.
+        must = length >= plain.committed and half == plain.committed // PAGE and plain.committed % PAGE > 0
+        kv.truncate(length)
+        plain.truncate(length)
+        if exact is not None:
+            k, v = (part[:, : length % PAGE] for part in exact)
+            if must or torch.equal(kv.keys(half * PAGE, length)[0], k):
+                plain.put(half, k, v)
+                plain.held[half] = "fp32" if kv.resolution(half) == "fp32" else plain.held[half]
+            plain.raw.pop(half)
+        plain.committed = min(plain.committed, length)
+
+    @rule(which=WHICH)
+    def commit(self, which):
+        kv, plain = self.pick(which)
+        kv.commit()
+        plain.committed, plain.raw = plain.length, {}
+
+    @rule(which=WHICH, shares=st.tuples(SHARE, SHARE))
+    def drop(self, which, shares):
+        kv, plain = self.pick(which)
+        start, stop = sorted(int(plain.length * share) for share in shares)
+        kv.drop(start, stop)
+        plain.drop(range(-(-start // PAGE), stop // PAGE))
+
+    @precondition(lambda self: len(self.contexts) < MOST)
+    @rule(which=WHICH)
+    def fork(self, which):
+        kv, plain = self.pick(which)
+        budget = self.session()
+        try:
+            other = kv.fork(budget)
+        except PoolExhaustedError:
+            assert budget.limit is not None and kv.nbytes > budget.left
+            return
+        self.add(other, plain.copy())
+
+    @precondition(lambda self: len(self.contexts) < MOST)
+    @rule(which=WHICH, counts=st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    def go_two_ways(self, which, counts):
+        which %= len(self.contexts)
+        before = len(self.contexts)
+        self.fork(which)
+        if len(self.contexts) > before:
+            self.append(which, counts[0])
+            self.contents()
+            self.append(before, counts[1])
+
+    @rule(which=WHICH, question=st.integers(1, 90), answer=st.integers(0, 3))
+    def ask(self, which, question, answer):
+        self.commit(which)
+        self.append(which, question)
+        for _ in range(answer):
+            self.append(which, 30)
+        self.contents()
+        self.take_back(which)
+
+    @precondition(lambda self: len(self.contexts) > 1)
+    @rule(which=WHICH)
+    def free(self, which):
+        kv, plain = self.pick(which)
+        kv.free()
+        assert kv.nbytes == 0
+        self.contexts.remove((kv, plain))
+
+    @rule(which=WHICH, chosen=st.sets(st.integers(0, 12)), to=st.sampled_from(["fp16", "fp8", "summary"]),
+          keep_exact=st.booleans())  # fmt: skip
+    def demote(self, which, chosen, to, keep_exact):
+        kv, plain = self.pick(which)
+        pages = sorted(page for page in chosen if page < plain.committed // PAGE)
+        try:
+            kv.demote(pages, to, keep_exact=keep_exact)
+        except PoolExhaustedError:
+            self.refused(kv, plain, len(pages) * self.page)
+        else:
+            plain.demote(pages, to, keep_exact)
+
+    @rule(which=WHICH, chosen=st.sets(st.integers(0, 12)))
+    def promote(self, which, chosen):
+        kv, plain = self.pick(which)
+        pages = sorted(chosen & set(plain.host))
+        try:
+            kv.promote(pages)
+        except PoolExhaustedError:
+            self.refused(kv, plain, len(pages) * self.page)
+        else:
+            plain.promote(pages)
+
+    @rule(which=WHICH)
+    def save_and_restore(self, which):
+        kv, plain = self.pick(which)
+        saved = {name: tensor.clone() for name, tensor in kv.tensors("x.").items()}
+        assert all(tensor.isfinite().all() for tensor in saved.values()), "memory that nothing was written to"
+        try:
+            kv.restore("x.", plain.length, saved)
+        except PoolExhaustedError:
+            self.refused(kv, plain, kv.nbytes)  # pages that were shared are its own now
+        else:
+            plain.committed, plain.raw = plain.length, {}
+
+    @rule()
+    def compact(self):
+        self.pool.compact()
+        assert self.pool.free == 0 and self.pool.nbytes == self.root.used
+
+    @invariant()
+    def slots_and_bytes(self):
+        pool, contexts = self.pool, [kv for kv, _ in self.contexts]
+        marks = [mark for kv in contexts for mark in kv.blocks.table.slots if mark != DROPPED]
+        referred = {plane: [] for plane in pool.planes}
+        for kv in contexts:
+            held = [pool.find(handle) for handle in kv.table if handle != DROPPED]
+            held += [(pool.native, slot) for slot in kv.raw.values()]
+            for plane, slot in held:
+                referred[plane].append(slot)
+            own = sum(plane.page_bytes for plane, _ in held)
+            own += pool.marks.page_bytes * sum(mark != DROPPED for mark in kv.blocks.table.slots)
+            assert kv.nbytes == own
+            if self.each is not None:
+                assert kv.budget.used == own <= self.each
+        hosted = [slot for kv in contexts for slot in kv.exact.values()]
+        for plane, slots in [*referred.items(), (pool.marks, marks), (pool.host, hosted)]:
+            assert plane.references == [slots.count(slot) for slot in range(plane.slots)]
+            assert sorted(plane.free_slots) == [slot for slot in range(plane.slots) if slot not in slots]
+            for tensor in plane.tensors.values():
+                tensor[:, plane.free_slots] = float("nan") if tensor.is_floating_point() else 0x7F
+        memory = sum(len(set(slots)) * plane.page_bytes for plane, slots in referred.items())
+        memory += len(set(marks)) * pool.marks.page_bytes
+        assert self.root.used == memory
+        assert self.root.limit is None or memory <= self.root.limit
+        assert self.root.reserved == pool.nbytes
+        for kv, plain in self.contexts:
+            if plain.length % PAGE and plain.held[-1] == "fp32" and pool.native.references[kv.table[-1]] == 1:
+                pool.keys[:, kv.table[-1], plain.length % PAGE :] = float("nan")
+
+    @invariant()
+    def contents(self):
+        for kv, plain in self.contexts:
+            assert kv.length == plain.length
+            assert [kv.resolution(page) for page in range(len(kv.table))] == plain.held
+            assert set(kv.exact) == set(plain.host)
+            readable = torch.tensor([held != "summary" for held in plain.held], dtype=torch.bool)
+            said = kv.readable()
+            assert readable.all() if said is None else torch.equal(said, readable)
+            tokens = readable.repeat_interleave(PAGE)[: plain.length].nonzero().flatten()
+            check_reads(kv, plain, tokens)
+            for what in SUMMARIES:
+                rows = plain.blocks[what]
+                dim = VALUE_DIM if what == "mean_value" else DIM
+                wanted = torch.stack(rows, 1) if rows else torch.zeros(HEADS, 0, dim)
+                torch.testing.assert_close(kv.summary(what, BLOCK)[0], wanted, atol=1e-4, rtol=1e-6)
+                coarse = (
+                    wanted[:, : plain.length // PAGE * 4].unflatten(1, (-1, 4)) if rows[3:] else wanted[:, :0, None]
+                )
+                coarse = coarse.mean(2) if "mean" in what else coarse.amin(2) if "low" in what else coarse.amax(2)
+                torch.testing.assert_close(kv.summary(what)[0], coarse, atol=1e-4, rtol=1e-6)
+
+    def teardown(self):
+        for kv, _ in getattr(self, "contexts", []):
+            kv.free()
+        if hasattr(self, "pool"):
+            assert self.root.used == 0 and self.pool.free == self.pool.slots, "a page leaked"
+            assert not any(self.pool.marks.references) and not any(self.pool.host.references)
+
+
+def check_reads(kv, plain, tokens):
+    """Everything that can be read: ranges, tokens picked for all heads, tokens that each head picked, rotated."""
+    pages = torch.unique(tokens // PAGE)
+    cuts = (pages.diff() != 1).nonzero().flatten() + 1
+    for run in torch.tensor_split(pages, cuts):
+        if run.numel() == 0:
+            continue
+        start, stop = int(run[0]) * PAGE, min(int(run[-1]) * PAGE + PAGE, plain.length)
+        for a, b in ((start, stop), (start + (stop - start) // 3, stop - (stop - start) // 5)):
+            assert torch.equal(kv.keys(a, b)[0], plain.k[:, a:b])
+            assert torch.equal(kv.values(a, b)[0], plain.v[:, a:b])
+            rotated = ROTARY.range(plain.k[:, a:b], a)
+            torch.testing.assert_close(kv.keys_at_own_positions(a, b)[0], rotated, atol=1e-4, rtol=1e-6)
+    if tokens.numel():
+        picked = torch.stack([tokens.flip(0), tokens.roll(3)])[:, ::5]
+        wanted_k = torch.stack([plain.k[head, index] for head, index in enumerate(picked)])
+        wanted_v = torch.stack([plain.v[head, index] for head, index in enumerate(picked)])
+        k, v = kv.gather(picked.unsqueeze(0), rotated=False)
+        assert torch.equal(k[0], wanted_k) and torch.equal(v[0], wanted_v)
+        k, v = kv.gather(picked.unsqueeze(0), rotated=True)
+        torch.testing.assert_close(k[0], ROTARY(wanted_k, picked), atol=1e-4, rtol=1e-6)
+        assert torch.equal(kv.gather_keys(picked)[0], plain.k[:, picked])
+        assert torch.equal(kv.gather_values(picked)[0], plain.v[:, picked])
+
+
+class QuantisedPages(Pages):
+    kv_format = "fp8"
+
+
+@pytest.mark.parametrize("machine", [Pages, QuantisedPages])
+def test_no_order_of_operations_leaks_or_spoils_a_page(machine):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=50, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
