@@ -57,12 +57,12 @@ def needle_kinds() -> str:
         [
             line["kind"],
             line["length"],
-            *(f"{line[key]}/{line['questions']}" for key in ("right", "ranked_first", "cited")),
+            *(f"{line[key]}/{line['questions']}" for key in ("right", "own_words", "ranked_first", "cited")),
         ]
         for line in _needles()
         if line["mechanism"] == "retrieval"
     ]
-    return _markdown(["questions", "length", "answered", "page ranked first", "fact cited"], rows)
+    return _markdown(["questions", "length", "answered", "in its own words", "page ranked first", "fact cited"], rows)
 
 
 def speed() -> str:

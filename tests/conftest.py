@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from longspan import settings
+
+settings.share_cores()
+
 # Helpers beside the tests (plain.py) are imported by name; those in this folder are found as it is.
 sys.path.insert(0, str(Path(__file__).parent / "attention"))
 

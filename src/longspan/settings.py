@@ -6,6 +6,7 @@
 | `LONGSPAN_SESSIONS` | folder for saved sessions | `$XDG_DATA_HOME/longspan/sessions`, else the platform's |
 | `LONGSPAN_MODEL` | model used where none is named | `smollm2` |
 | `LONGSPAN_THREADS` | CPU threads for torch: one fewer where other work keeps a core busy | torch's own choice |
+| `GOMP_SPINCOUNT` | how long an idle thread of torch's OpenMP spins before it sleeps; set unless you set it | `10000` |
 | `LONGSPAN_DEBUG` | `1`: the command line shows a traceback where it would say `internal error` | unset |
 """
 
@@ -48,6 +49,15 @@ def threads() -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"LONGSPAN_THREADS must be a whole number from 1, not {text!r}")
     return int(text)
+
+
+def share_cores() -> None:
+    """Let torch's idle threads give their core back soon. To be called before torch is first imported.
+
+    By default they spin for long: beside any other process that keeps a core busy, products of a decode step then take
+    35 times as long, and with this setting 4 times, at the same speed on an idle machine (docs/experiments.md).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _folder(own: str | None, xdg: str, kind: str) -> Path:

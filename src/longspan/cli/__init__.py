@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import longspan
+from longspan import settings
 from longspan.cli import ask, chat, demo, evals, output, show
 
 __all__ = ["app", "main", "run"]
@@ -63,6 +64,7 @@ evals.add_to(app)
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0, 1 (refused or failed), 2 (usage), 70 (a bug), 130 (Ctrl-C)."""
     output.prepare()
+    settings.share_cores()
     try:
         code = app(list(arguments), prog_name="longspan", standalone_mode=False)
         output.write("")

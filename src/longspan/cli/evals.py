@@ -84,6 +84,7 @@ def compare(
         llm = work.load(model, None, device, progress)
         about = environment(llm.model.device, "eval compare", sys.argv[3:]) | {"model": llm.model.name}
         about["command"] = about["command"].replace("python -m", "longspan", 1)
+        tell = progress.busy if sys.stderr.isatty() else progress.say
         rows: list[dict[str, Any]] = []
         with _journal(out) as journal:
             journal.begin(about)
@@ -96,7 +97,7 @@ def compare(
                 }
                 mine = [entry.row for entry in journal.entries if entry.row["task"] == same]
                 known = [Row(**row["row"]) for row in mine]
-                for row in measure(llm, specs, shares, task, read_by, known, progress.busy):
+                for row in measure(llm, specs, shares, task, read_by, known, tell):
                     journal.append({"task": same, "row": asdict(row)})
                     mine.append({"row": asdict(row)})
                 rows += [each["row"] for each in mine]

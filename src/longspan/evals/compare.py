@@ -25,16 +25,20 @@ import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, make, mechanisms, parse
+from longspan.engine import prompts
 from longspan.engine.contexts import KVContext
 from longspan.engine.llm import LLM
 from longspan.errors import UsageError
+from longspan.evals.facts import Question
 from longspan.evals.needle import build
+from longspan.evals.progress import duration
 from longspan.hf.model import CausalModel
 from longspan.retrieval.choose import choose_pages, page_mass
 
 _ASKING = 64
 """Newest tokens of a plain text that ask for pages in place of a question."""
-_ANSWER = 28
+_ANSWER = 24
+"""Tokens that an answer may take."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,14 @@ def measure(
         return
     say(f"{task.length} tokens: reading the text")
     text = _Text(llm, task, prefill)
-    say(f"{task.length} tokens: reading {task.haystacks} haystacks")
-    needles = _Needles(llm, task, prefill)
+    say(f"{task.length} tokens: reading {task.haystacks} haystack(s)")
+    needles = _Needles(llm, task, prefill, by_model=any(each.mechanism.wanted_pages for each in runners))
+    began = time.perf_counter()
     dense = done.get(("dense", "all"))
     for number, runner in enumerate(runners, 1):
-        say(f"{task.length} tokens, {number} of {len(runners)}: {runner.mechanism.describe()}")
+        left = (time.perf_counter() - began) / max(1, number - 1) * (len(runners) - number + 1)
+        about = f", about {duration(left)} left" if number > 1 else ""
+        say(f"{task.length} tokens, {number} of {len(runners)}{about}: {runner.mechanism.describe()}")
         perplexity, agreement, speed = text.measure(runner.mechanism)
         right, questions = needles.score(runner.mechanism)
         row = Row(
@@ -228,29 +235,50 @@ class _Text:
 
 
 class _Needles:
-    """Haystacks that were read once, and their questions."""
+    """Haystacks that were read once, and their questions with the pages that the retrieval heads choose for them."""
 
-    def __init__(self, llm: LLM, task: Task, prefill: Mechanism | None) -> None:
+    def __init__(self, llm: LLM, task: Task, prefill: Mechanism | None, *, by_model: bool) -> None:
         self.llm = LLM(llm.model, "dense")
-        self.read = []
+        self.read: list[tuple[KVContext, Question, list[int], list[int]]] = []
         for i in range(task.haystacks):
             haystack = build(llm.model, "multikey", task.length, task.seed + i)
             session = self.llm.session()
-            session.memory = KVContext(llm.model, make("dense"), prefill)
+            session.memory = context = KVContext(llm.model, make("dense"), prefill)
             self.llm.add_text(session, haystack.text)
             self.llm.prefill(session)
-            self.read.append((session, haystack))
+            session.head = len(prompts.before_documents(llm.model))
+            for question in haystack.questions:
+                pages: list[int] = []
+                if by_model:
+                    mass = context.mass(prompts.search_question(llm.model, question.text), self.llm.heads())
+                    mass[:, : session.head] = 0
+                    pages = page_mass(mass).mean(0).argsort(descending=True).tolist()
+                suffix = prompts.after_documents(llm.model, question.text, [])
+                self.read.append((context, question, suffix, pages))
 
     def score(self, mechanism: Mechanism) -> tuple[int, int]:
         """Return how many answers are right, of how many questions."""
-        right = asked = 0
-        for session, haystack in self.read:
-            # The session goes on from the context that was read densely.
-            session.memory.mechanism = self.llm.attention = mechanism
-            for question in haystack.questions:
-                right += question.right(self.llm.ask(question.text, session, max_tokens=_ANSWER).own_words)
-                asked += 1
-        return right, asked
+        return sum(self._right(mechanism, *each) for each in self.read), len(self.read)
+
+    def _right(
+        self, mechanism: Mechanism, context: KVContext, question: Question, suffix: list[int], pages: list[int]
+    ) -> bool:
+        """Answer greedily from the context as it was read, and stop once the answer is there."""
+        before, model = context.length, self.llm.model
+        context.mechanism = mechanism
+        context.hints = Hints(chosen_pages=tuple(pages[: mechanism.wanted_pages]))
+        try:
+            written: list[int] = []
+            token = int(context.step(suffix).argmax())
+            while token not in model.end_tokens and len(written) < _ANSWER:
+                written.append(token)
+                if question.right(model.decode(written)):
+                    return True
+                token = int(context.step([token]).argmax())
+        finally:
+            context.truncate(before)
+            context.mechanism, context.hints = make("dense"), Hints()
+        return False
 
 
 def _keys(mechanism: Mechanism, length: int, model: CausalModel) -> float:
