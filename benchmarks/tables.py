@@ -92,6 +92,35 @@ def speed() -> str:
     return _markdown(head, rows) + f"\n{result['device']}, torch {result['torch']}; `{result['command']}`\n"
 
 
+def compare() -> str:
+    """Mechanisms side by side: what reading less costs."""
+    result = json.loads((RESULTS / "compare-cpu.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`{row['mechanism']}`",
+            row["budget"],
+            f"{row['keys']:.0f}",
+            f"{row['perplexity_ratio']:.3f}",
+            f"{row['agreement']:.0%}",
+            f"{row['needles']}/{row['questions']}",
+            f"{row['decode_ratio']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = [
+        "mechanism",
+        "budget",
+        "keys a query head reads",
+        "perplexity / dense",
+        "greedy tokens as dense",
+        "multi-key needles",
+        "decode speed / dense",
+    ]
+    lengths = sorted({row["length"] for row in result["rows"]})
+    said = f"\n{', '.join(f'{length:,}' for length in lengths)} tokens, {result['device']}; `{result['command']}`\n"
+    return _markdown(head, rows) + said
+
+
 def demo() -> str:
     """What the demo took."""
     found = json.loads((RESULTS / "demo-cpu.json").read_text(encoding="utf-8"))
@@ -122,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "needle": needle,
     "needle-kinds": needle_kinds,
     "speed": speed,
+    "compare": compare,
     "attention": attention,
 }
 

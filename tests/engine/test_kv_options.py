@@ -6,7 +6,7 @@ import torch
 from longspan import LLM
 from longspan.attention import make, mechanisms, parse
 from longspan.engine.contexts import KVContext
-from longspan.errors import PoolExhaustedError, UnknownNameError, UsageError
+from longspan.errors import PoolExhaustedError, SessionNotFoundError, UnknownNameError, UsageError
 from longspan.evals.haystack import prose
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
@@ -141,3 +141,27 @@ def test_what_can_not_work_is_refused(tiny, options, error, told):
         return
     with pytest.raises(error, match=told):
         start()
+
+
+@pytest.mark.parametrize("attention", ["dense", "quest:budget=192", "retrieval:window=128,pages=2"])
+def test_a_forked_session_goes_its_own_way(make_llm, places, attention):
+    llm = make_llm(attention)
+    session = llm.session("harbour")
+    llm.add_text(session, "The code of the gate is 7315. " * 12, "notes")
+    llm.prefill(session)
+    first = llm.ask("What is the code of the gate?", session, max_tokens=8).text
+    llm.save(session)
+    child = llm.fork("harbour", "annexe")
+    llm.add_text(child, "The ferry to Oslo leaves from pier 12. " * 12, "more")
+    llm.prefill(child)
+    assert child.memory.length > session.memory.length
+    other = llm.fork(session)
+    assert other.name is None
+    assert llm.ask("What is the code of the gate?", other, max_tokens=8).text == first
+    assert llm.ask("What is the code of the gate?", session, max_tokens=8).text == first
+    llm.save(child)
+    assert llm.store.names() == ["annexe", "harbour"]
+    with pytest.raises(SessionNotFoundError, match="annexe, harbour"):
+        llm.fork("harbor")
+    with pytest.raises(UsageError, match="saved already"):
+        llm.fork(session, "annexe")

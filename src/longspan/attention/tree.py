@@ -60,7 +60,8 @@ class Tree(Mechanism):
     coarse: bool = True
     """Whether nodes that were not opened stand for their tokens; false: those tokens are not read."""
     dense_layers: int = 0
-    """First layers that read everything, up to the trained length; none, since what is not opened still counts."""
+    """First layers that read everything, up to the trained length and while all can be read; none, since what is not
+    opened still counts."""
 
     name: ClassVar[str] = "tree"
     about: ClassVar[str] = "near and chosen pages exactly, all else through a tree of means"
@@ -90,7 +91,7 @@ class Tree(Mechanism):
             # The two sides read differently, however queries are tiled.
             before = self.attend_tile(q[:, :, :true], kv, first, scale, hints)
             return torch.cat([before, self.attend_tile(q[:, :, true:], kv, first + true, scale, hints)], 2)
-        if true and hints.layer < self.dense_layers:
+        if true and hints.layer < self.dense_layers and kv.readable() is None:
             return Dense().attend_tile(q, kv, first, scale, hints)
         starts = self.window_starts(first, count)
         at = torch.arange(first, first + count)

@@ -76,10 +76,11 @@ def compare(
         from longspan.attention import parse
         from longspan.evals.arguments import specs_of
         from longspan.evals.compare import Row, Task, choosing, measure
-        from longspan.evals.compare_report import picture, table
+        from longspan.evals.compare_report import COLUMNS, picture, table
         from longspan.evals.environment import environment
 
-        specs = list(choosing()) if mechanisms.strip() == "all" else specs_of(mechanisms)
+        every = mechanisms.strip() == "all"
+        specs = list(choosing()) if every else specs_of(mechanisms)
         read_by = None if prefill is None else parse(prefill)
         llm = work.load(model, None, device, progress)
         about = environment(llm.model.device, "eval compare", sys.argv[3:]) | {"model": llm.model.name}
@@ -97,7 +98,7 @@ def compare(
                 }
                 mine = [entry.row for entry in journal.entries if entry.row["task"] == same]
                 known = [Row(**row["row"]) for row in mine]
-                for row in measure(llm, specs, shares, task, read_by, known, tell):
+                for row in measure(llm, specs, shares, task, read_by, known, tell, progress.say if every else None):
                     journal.append({"task": same, "row": asdict(row)})
                     mine.append({"row": asdict(row)})
                 rows += [each["row"] for each in mine]
@@ -110,9 +111,7 @@ def compare(
     if json:
         output.write_json({**about, "rows": rows, "pictures": pictures})
         return
-    shown = output.table(
-        "mechanism", ">budget", ">length", ">keys", ">perplexity", ">as dense", ">needles", ">tokens/s"
-    )
+    shown = output.table(*COLUMNS)
     for line in table(rows):
         shown.add_row(*line)
     output.write_rich(shown)

@@ -100,6 +100,14 @@ class Context(ABC):
         assert parts and all(part is not None for part in parts), "score() needs tokens and a context with logits"
         return torch.cat([part for part in parts if part is not None])
 
+    @abstractmethod
+    def fork(self) -> Context:
+        """Return a context that has read the same tokens and goes its own way; pages are shared until written to.
+
+        Raises:
+            PoolExhaustedError: what it would refer to is more than its budget has left.
+        """
+
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         for kv in self._layers():
@@ -140,9 +148,13 @@ class Context(ABC):
         for kv in self._layers():
             kv.commit()
 
+    def dropped(self, length: int) -> tuple[int, int]:
+        """Return the tokens `start .. stop - 1` that nothing reads any more at a context of `length`."""
+        return self.mechanism.dropped(length)
+
     def _drop(self) -> None:
         for kv in self._layers():
-            kv.drop(*self.mechanism.dropped(self.length))
+            kv.drop(*self.dropped(self.length))
 
 
 class KVContext(Context):
@@ -209,9 +221,18 @@ class KVContext(Context):
             return self.prefill
         if self.mechanism.prefills:
             return self.mechanism
-        if self._adapts:  # dense attention could not read what was demoted
-            return make("streaming", window=PREFILL_WINDOW)
-        return make("dense") if stop <= self.model.dimensions.window else make("streaming", window=PREFILL_WINDOW)
+        if stop > self.model.dimensions.window or self._adapts or any(kv.readable() is not None for kv in self.layers):
+            # Beyond the trained length; or where pages are, or may be, held as summaries that only it does not need.
+            return _newest()
+        return make("dense")
+
+    def dropped(self, length: int) -> tuple[int, int]:
+        """See `Context`: what reads documents may look further back than what answers."""
+        start, stop = self.mechanism.dropped(length)
+        if self.prefill is not None:
+            first, last = self.prefill.dropped(length)
+            start, stop = max(start, first), min(stop, last)
+        return (start, stop) if start < stop else (0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -238,8 +259,12 @@ class KVContext(Context):
         spent, left = sum(kv.nbytes for kv in self.layers), self.budget.left
         assert left is not None, "only a limited budget is settled"
         pages = -(-(self.length + new) // PAGE)
+        # Documents and questions may be read by different mechanisms: what either of them reads exactly stays.
+        readers = (self.mechanism, self.prefill or _newest())
+        sinks = max(int(getattr(reader, "sinks", 0)) for reader in readers)
+        window = max(int(getattr(reader, "window", 0)) for reader in readers)
         # What may be taken back must stay, and a window's first page may be cut.
-        window = max(PREFILL_WINDOW, getattr(self.mechanism, "window", 0)) + 2 * PAGE + self.length - self._committed
+        window += 2 * PAGE + self.length - self._committed
         for kv, mass in zip(self.layers, self._masses, strict=True):
             pool = kv.pool
             share = (spent + left) // len(self.layers) - pages * pool.marks.page_bytes
@@ -248,7 +273,7 @@ class KVContext(Context):
             # Two pages in the model's own type: the one being filled, and one that a question may reopen.
             held = (share - 2 * pool.native.page_bytes) // page_bytes - (pages - now)
             try:
-                rebalance(kv, mass.pages(now), held, window=window)
+                rebalance(kv, mass.pages(now), held, sinks=sinks, window=window)
             except UsageError as error:
                 raise PoolExhaustedError(
                     f"the {self.budget.root.name} budget of {size(spent + left)} does not hold the newest "
@@ -285,14 +310,18 @@ class KVContext(Context):
         """See `Context`."""
         before = self.length
         asked = _Asked(self.layers, self.mechanism, heads, self.hints)
+        if self._adapts:
+            self._settle(len(question))
         try:
             self.model.forward(question, asked)
         finally:
             self.truncate(before)
-        start, stop = self.mechanism.dropped(before)
+        start, stop = self.dropped(before)
         # The first page that is held whole again; nothing before it is asked for.
         first = min(-(-stop // PAGE) * PAGE, before) if stop > start else 0
-        keys = {head: self.layers[head[0]].keys(first, before)[0, _kv_head(self.model, head)] for head in heads.heads}
+        keys = {
+            head: self.layers[head[0]].known_keys(first, before)[0, _kv_head(self.model, head)] for head in heads.heads
+        }
         found = token_mass(asked.queries, keys, sinks=heads.sinks if first == 0 else 0)
         return torch.nn.functional.pad(found, (first, 0))
 
@@ -304,6 +333,11 @@ class KVContext(Context):
         """See `Context`."""
         _restore_layers(self.layers, len(tokens), tensors)
         self.tokens = list(tokens)
+        self._committed = self.length
+        if not self.budget.limited:
+            # What a budget had demoted need not stay so without one.
+            for kv in self.layers:
+                kv.promote(sorted(kv.exact))
 
     def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
         before = self.length
@@ -321,6 +355,7 @@ class KVContext(Context):
     def truncate(self, length: int) -> None:
         """See `Context`."""
         super().truncate(length)
+        self._committed = min(self._committed, length)
         for mass in self._masses:
             mass.truncate(length // PAGE)
 
@@ -350,6 +385,13 @@ class IndexContext(Context):
     def nbytes(self) -> int:
         """See `Context`."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def fork(self) -> IndexContext:
+        """See `Context`; the index, 256 bytes a token for the default model, is copied."""
+        other = copy.copy(self)
+        other.tokens, other.index = list(self.tokens), self.index[:, : self.length].clone()
+        other.layers = [kv.fork() for kv in self.layers]
+        return other
 
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
         """See `Context`."""
@@ -487,6 +529,11 @@ def _paged(
         block=block if PAGE % block == 0 and block % BLOCK == 0 else PAGE,
     )
     return PagedKV(pool, model.rotary, budget)
+
+
+def _newest() -> Mechanism:
+    """Return what reads documents where dense attention can't: sinks and a window."""
+    return make("streaming", window=PREFILL_WINDOW)
 
 
 def _restore_layers(layers: Sequence[PagedKV], length: int, tensors: dict[str, Tensor]) -> None:

@@ -124,6 +124,25 @@ class LLM:
         saving.restore_memory(session, saved, self.new_context)
         return session
 
+    def fork(self, source: Session | str, name: str | None = None) -> Session:
+        """Return a session that has read and been asked the same, and goes its own way; pages are not copied.
+
+        Args:
+            source: a session, or the name of a saved one.
+            name: of the new session (see `save`); None: it is not saved.
+
+        Raises:
+            SessionNotFoundError: no session of that name is saved.
+            UsageError: a session of the new name is saved already.
+            PoolExhaustedError: the fork would pass the KV budget.
+        """
+        if name is not None and self.store.exists(name):
+            raise UsageError(f"a session {name!r} is saved already: choose another name, or remove it first")
+        if isinstance(source, str):
+            self.store.show(source)  # names those that are saved where there is none of this name
+            source = self.session(source)
+        return source.fork(name)
+
     def save(self, session: Session) -> None:
         """Save a session that has a name (SaveError: nothing that was saved before is lost)."""
         if session.name is None:

@@ -7,7 +7,7 @@ context, so that what differs is what it reads and nothing else. Measured agains
 - agreement: on dense's own greedy continuation, how often the mechanism's likeliest token is the same;
 - needles: facts of one form with distractors (multi-key), asked for at the end of a haystack of the same length;
 - keys that one query head scores or reads in a decode step, averaged over the layers;
-- decode speed: the median step.
+- decode speed: the median step, and its ratio to dense steps taken right after it, so that a busy machine slows both.
 
 A budget is a share of the context's keys. It does not measure prefill, and one text is one sample.
 """
@@ -81,15 +81,20 @@ class Row:
     needles: int
     questions: int
     decode_tokens_per_s: float
+    decode_ratio: float
+    """To dense's, measured right afterwards."""
 
 
-def contenders(specs: list[str], budgets: list[str], length: int) -> list[Contender]:
+def contenders(
+    specs: list[str], budgets: list[str], length: int, leave_out: Callable[[str], None] | None = None
+) -> list[Contender]:
     """Return every mechanism at every budget, dense first; one without a budget stands as it is.
 
     Args:
         specs: specifications.
         budgets: shares such as `1/8`.
         length: tokens of the context.
+        leave_out: told which mechanism can't work within which budget; None: that is an error.
 
     Raises:
         UsageError: no such mechanism, or a budget that it can't work within.
@@ -101,10 +106,15 @@ def contenders(specs: list[str], budgets: list[str], length: int) -> list[Conten
             continue
         if mechanism.prefill_only:
             raise UsageError(f"{spec} makes prefill cheaper and decodes densely: give it with --prefill")
-        found += [
-            Contender(spec, budget, mechanism.within(max(1, int(Fraction(budget) * length)), length))
-            for budget in budgets
-        ]
+        for budget in budgets:
+            try:
+                within = mechanism.within(max(1, int(Fraction(budget) * length)), length)
+            except UsageError as error:
+                if leave_out is None:
+                    raise
+                leave_out(f"left out: {spec} at {budget} of {length} tokens: {error}")
+                continue
+            found.append(Contender(spec, budget, within))
     return found
 
 
@@ -131,6 +141,7 @@ def measure(
     prefill: Mechanism | None = None,
     known: Sequence[Row] = (),
     say: Callable[[str], None] = lambda _: None,
+    leave_out: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
     """Yield a row a contender, dense first.
 
@@ -142,13 +153,16 @@ def measure(
         prefill: by what the contexts are read; None: densely.
         known: rows of this task that an earlier run measured: they are left out.
         say: told what is being done.
+        leave_out: see `contenders`.
 
     Raises:
         UsageError: a mechanism that can't work within a budget.
     """
     model = llm.model
     done = {(row.mechanism, row.budget): row for row in known}
-    runners = [each for each in contenders(specs, budgets, task.length) if (each.spec, each.budget) not in done]
+    runners = [
+        each for each in contenders(specs, budgets, task.length, leave_out) if (each.spec, each.budget) not in done
+    ]
     if not runners:
         return
     say(f"{task.length} tokens: reading the text")
@@ -161,7 +175,7 @@ def measure(
         left = (time.perf_counter() - began) / max(1, number - 1) * (len(runners) - number + 1)
         about = f", about {duration(left)} left" if number > 1 else ""
         say(f"{task.length} tokens, {number} of {len(runners)}{about}: {runner.mechanism.describe()}")
-        perplexity, agreement, speed = text.measure(runner.mechanism)
+        perplexity, agreement, speed, ratio = text.measure(runner.mechanism)
         right, questions = needles.score(runner.mechanism)
         row = Row(
             mechanism=runner.spec,
@@ -176,6 +190,7 @@ def measure(
             needles=right,
             questions=questions,
             decode_tokens_per_s=round(speed, 2),
+            decode_ratio=round(ratio, 3),
         )
         dense = dense or row
         yield row
@@ -193,8 +208,8 @@ class _Text:
         self.pages: Tensor | None = None
         self.continuation = self._greedy()
 
-    def measure(self, mechanism: Mechanism) -> tuple[float, float, float]:
-        """Return perplexity of the next tokens, agreement with dense, and decode tokens/s."""
+    def measure(self, mechanism: Mechanism) -> tuple[float, float, float, float]:
+        """Return perplexity of the next tokens, agreement with dense, decode tokens/s, and their ratio to dense's."""
         context, before = self.context, self.context.length
         context.mechanism, context.hints = mechanism, self._hints(mechanism)
         try:
@@ -203,15 +218,23 @@ class _Text:
             wanted = torch.tensor(following, device=logits.device)
             perplexity = math.exp(float(torch.nn.functional.cross_entropy(logits, wanted)))
             context.truncate(before)
-            agreed, seconds = 0, []
-            for token, wanted_next in zip([self.last, *self.continuation[:-1]], self.continuation, strict=True):
-                since = time.perf_counter()
-                agreed += int(context.step([token]).argmax()) == wanted_next
-                seconds.append(time.perf_counter() - since)
+            said, seconds = self._follow()
         finally:
             context.truncate(before)
             context.mechanism, context.hints = make("dense"), Hints()
-        return perplexity, agreed / len(self.continuation), 1 / statistics.median(seconds)
+        _, of_dense = self._follow()
+        context.truncate(before)
+        agreed = sum(a == b for a, b in zip(said, self.continuation, strict=True))
+        return perplexity, agreed / len(said), 1 / seconds, of_dense / seconds
+
+    def _follow(self) -> tuple[list[int], float]:
+        """Read dense's continuation token by token; return what would be said after each, and the median seconds."""
+        said, seconds = [], []
+        for token in [self.last, *self.continuation[:-1]]:
+            since = time.perf_counter()
+            said.append(int(self.context.step([token]).argmax()))
+            seconds.append(time.perf_counter() - since)
+        return said, statistics.median(seconds)
 
     def _greedy(self) -> list[int]:
         before, found, token = self.context.length, [], self.last

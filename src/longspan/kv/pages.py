@@ -13,6 +13,7 @@ It does not know positions (`rotary.py`), mechanisms, or which pages matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class PagedKV(PageWriter):
         self.rounded: set[int] = set()  # pages of the native type whose first tokens went through a smaller format
         self._length = self._committed = 0
         pool.join(self)
+
+    def __del__(self) -> None:
+        """Give every page back: whoever forgets a context need not know that a budget counted it."""
+        with suppress(Exception):  # made only in part, or at the end of the program
+            self.free()
 
     @property
     def pages_held(self) -> int:

@@ -30,6 +30,8 @@ class PageReader(LayerKV):
     pages: SlotTable
     blocks: BlockSummaries
     mirror: Mirror
+    exact: dict[int, int]
+    """Pages that have an exact copy in host memory, and in which slot."""
     _length: int
 
     @property
@@ -49,6 +51,27 @@ class PageReader(LayerKV):
     def values(self, start: int, stop: int) -> Tensor:
         """See `LayerKV`."""
         return self._read("v", start, stop)
+
+    def known_keys(self, start: int, stop: int) -> Tensor:
+        """Return what is known of unrotated keys, `[1, Hkv, stop - start, D]`, whether they can be read or not.
+
+        A page that was demoted gives its exact copy, or else its mean key for each of its tokens: enough to find it.
+        """
+        readable = self.readable()
+        if readable is None or start == stop:
+            return self.keys(start, stop)
+        first, last = start // PAGE, -(-stop // PAGE)
+        held = readable[first:last].cpu()
+        at = held.nonzero().flatten()
+        known = self.whole_pages(at + first, "k")
+        out = known.new_empty(known.shape[0], last - first, *known.shape[2:])
+        out[:, at] = known
+        for page in ((~held).nonzero().flatten() + first).tolist():
+            if page in self.exact:
+                out[:, page - first] = self.pool.host.tensors["k"][:, self.exact[page]].to(out)
+            else:
+                out[:, page - first] = self.summary("mean_key")[0, :, page].unsqueeze(1)
+        return out.flatten(1, 2)[:, start - first * PAGE : stop - first * PAGE].unsqueeze(0)
 
     def gather_keys(self, index: Tensor) -> Tensor:
         """See `LayerKV`."""

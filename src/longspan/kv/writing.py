@@ -22,8 +22,6 @@ Slots = Iterable[tuple[Plane, int]]
 class PageWriter(PageReader):
     """What of a context changes with every token."""
 
-    exact: dict[int, int]
-    """Pages that have an exact copy in host memory, and in which slot."""
     raw: dict[int, int]
     """Pages that were quantised since the last commit, and the native slot that still holds them exactly."""
 

@@ -81,6 +81,13 @@ class Session:
         """Return whether a document with this very text was added already."""
         return any(document.text == text for document in self.documents)
 
+    def fork(self, name: str | None = None) -> Session:
+        """Return a session of the same documents, conversation and memory (whose pages it shares) by another name."""
+        memory = None if self.memory is None else self.memory.fork()
+        return Session(
+            name, list(self.documents), list(self.tokens), list(self.offsets), list(self.turns), memory, self.head
+        )
+
     def passages(self, first: int, last: int) -> list[Passage]:
         """Return the text of the tokens `first .. last - 1`, one passage a document that they touch."""
         found = []
