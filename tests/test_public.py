@@ -18,6 +18,7 @@ VARIANTS = [
     "streaming:window=1,sinks=0",
     "superlinear:summary=bounds,gate=routed,power=0.55,span_power=0.55",
     "superlinear:spans=0",
+    "superlinear:sinks=4",
     "retrieval:read=place,pages=64,lexical=false",
     "quest:budget=512,who=layer,dense_layers=0",
     "tree:beam=2,leaves=4,who=model,coarse=false",

@@ -140,7 +140,9 @@ def superlinear_parts(t, window, power):
     return whole, sorted(anchors, reverse=True)
 
 
-def superlinear(q, k, v, window, spans, backward, forward, power, span_power, gate, summary, routing=None, page=64):
+def superlinear(
+    q, k, v, window, spans, backward, forward, power, span_power, gate, summary, sinks=0, routing=None, page=64
+):
     q, k, v = q.double(), k.double(), v.double()
     routing = q if routing is None else routing.double()
     batch, heads, count, _ = q.shape
@@ -154,7 +156,7 @@ def superlinear(q, k, v, window, spans, backward, forward, power, span_power, ga
                 t = first + i
                 n = t + 1
                 whole, anchors = superlinear_parts(t, window, power)
-                near = set(range(max(0, t - whole + 1), t + 1))
+                near = set(range(max(0, t - whole + 1), t + 1)) | set(range(min(sinks, t + 1)))
                 scored = []
                 for a in anchors:
                     if summary == "key":

@@ -26,6 +26,8 @@ CASES = [
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "bounds"}, {}),
+    ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "key", "sinks": 5}, {}),
+    ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "key", "sinks": 70, "backward": 1.0}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "bounds", "power": 0.55, "span_power": 0.55}, {}),
     (
         "superlinear",

@@ -56,7 +56,9 @@ def test_every_chooser_runs_at_every_budget_and_leaves_no_trace(make_llm, task):
     specs = list(choosing())
     names = {parse(spec).name for spec in specs}
     assert names == {"streaming", "sparse", "superlinear", "quest", "tree", "retrieval"}
-    assert {"quest:who=model", "tree:who=layer", "superlinear:summary=bounds", "retrieval:read=place"} <= set(specs)
+    assert {"quest:who=model", "tree:who=layer", "superlinear:sinks=4,summary=bounds", "retrieval:read=place"} <= set(
+        specs
+    )
     rows = list(measure(make_llm(), specs, ["1/2"], task))
     assert [row.mechanism for row in rows] == ["dense", *specs]
     (alone,) = (row for row in measure(make_llm(), [specs[-1]], ["1/2"], task) if row.mechanism == specs[-1])

@@ -14,6 +14,9 @@ Superlinear Multi-Step Attention (arXiv 2601.18401). A query at t, with n = t + 
 each key counted once; it tends to dense as spans grow. `summary="bounds"` scores an anchor by the greatest score that
 any key of its page of 64 could have (as Quest, arXiv 2406.10774, equation 2), for checkpoints not trained for anchors.
 
+`sinks` first keys of the context are read by every query, as if they belonged to its window (0: the paper). Ordinary
+checkpoints put what attention they don't need on these keys, and break without them.
+
 With backward >= 2 and power = 0.5 every past key lies in some candidate span. The paper's setting: power 0.55,
 span_power 0.55, window 2032.
 
@@ -75,6 +78,8 @@ class Superlinear(Mechanism):
     """`joint`: one softmax over window and spans; `routed`: spans weighed by their search scores."""
     summary: str = "key"
     """What stands for an anchor in the search: its own `key`, or its page's `bounds`."""
+    sinks: int = 0
+    """First keys of the context that every query reads beside its window; an ordinary checkpoint wants a few."""
 
     name: ClassVar[str] = "superlinear"
     about: ClassVar[str] = "a window and the spans around the best of sqrt(n) anchors"
@@ -89,6 +94,7 @@ class Superlinear(Mechanism):
         at_least("spans", self.spans, 0)
         at_least("backward", self.backward, 0)
         at_least("forward", self.forward, 0)
+        at_least("sinks", self.sinks, 0)
         for name in ("power", "span_power"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)} must lie above 0 and be at most 1")
@@ -122,7 +128,7 @@ class Superlinear(Mechanism):
 
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
-        near, near_lse = attend_window(q, kv, first, self.whole_window, scale)
+        near, near_lse = self._near(q, kv, first, scale)
         routing = q if hints.routing_query is None else hints.routing_query.to(q.dtype)
         found = self.search(routing, kv, first)
         if found is None:
@@ -130,6 +136,7 @@ class Superlinear(Mechanism):
         scores, lo, hi = found
         valid = lo <= hi
         shift = self._shifts(kv, first, q.shape[2], hi)
+        lo = lo.clamp(min=self.sinks)  # sinks are read already
         if self.gate == "joint":
             lo, hi, shift = disjoint(lo, hi, shift)
         outs, lses = attend_spans(q, kv, first, lo, hi, shift, scale)
@@ -144,6 +151,17 @@ class Superlinear(Mechanism):
         weights = torch.softmax(torch.where(some, scores, torch.zeros_like(scores)), -1)
         routed = (weights.unsqueeze(-1) * torch.stack(each, -2)).sum(-2)
         return torch.where(some, routed, near)
+
+    def _near(self, q: Tensor, kv: LayerKV, first: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Attend to the window and, where they are older, to the sinks."""
+        near = attend_window(q, kv, first, self.whole_window, scale)
+        older = torch.arange(first, first + q.shape[2], device=q.device).view(1, 1, -1, 1) - self.whole_window
+        hi = older.clamp(max=self.sinks - 1).expand(q.shape[0], q.shape[1], -1, -1)
+        if not self.sinks or first + q.shape[2] <= self.whole_window:
+            return near
+        lo = torch.zeros_like(hi)
+        out, lse = attend_spans(q, kv, first, lo, hi, self._shifts(kv, first, q.shape[2], hi), scale)
+        return merge_partials(torch.stack([near[0], out[..., 0, :]]), torch.stack([near[1], lse[..., 0]]))
 
     def search(self, q: Tensor, kv: LayerKV, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Find the spans of every query of a tile.
@@ -217,7 +235,7 @@ class Superlinear(Mechanism):
         anchors = max(0.0, float(n) ** self.power - float(self.whole_window) ** self.power)
         length = min(float(n), (self.backward + self.forward) * float(n) ** self.span_power)
         far = max(0, n - self.whole_window)
-        keys = min(n, self.whole_window) + min(float(far), self.spans * length)
+        keys = min(n, self.whole_window) + min(float(far), self.spans * length + self.sinks)
         search = 2.0 * shape.query_heads * anchors * shape.head_dim
         decode = shape.read_flops(keys) + search
         # The sum over t of sqrt-like terms is 1 / (1 + power) of the last term times n; the window's is constant.
@@ -228,7 +246,7 @@ class Superlinear(Mechanism):
         searched = anchors * shape.kv_heads * shape.head_dim * shape.kv_bytes * (2 if self.summary == "bounds" else 1)
         # Each query head reads spans of its own.
         spread = shape.query_heads / shape.kv_heads
-        span_bytes = min(float(far), self.spans * length * spread) * shape.token_bytes
+        span_bytes = min(float(far), self.spans * length * spread + self.sinks) * shape.token_bytes
         return Cost(
             decode_flops=decode,
             decode_bytes=min(n, self.whole_window) * shape.token_bytes + span_bytes + searched,

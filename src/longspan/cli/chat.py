@@ -16,7 +16,7 @@ import typer
 from longspan.cli import options, output, work
 from longspan.cli.ask import prefill_speed
 from longspan.cli.progress import Progress
-from longspan.errors import LongspanError, UsageError
+from longspan.errors import Cancelled, LongspanError, SaveError, UsageError
 
 if TYPE_CHECKING:
     from longspan.engine.generation import Answer, Stats
@@ -117,10 +117,18 @@ class _Chat:
         """Read documents into the session."""
         from longspan.engine.generation import Stats
 
+        before = len(self.session.documents)
         changed = work.add(self.llm, self.session, documents, self.progress)
         self.read_stats = Stats()
-        if self.session.documents:
-            self.read_stats = work.prefill(self.llm, self.session, self.progress, changed=changed)
+        try:
+            if self.session.documents:
+                self.read_stats = work.prefill(self.llm, self.session, self.progress, changed=changed)
+        except (Cancelled, SaveError):
+            raise
+        except LongspanError:
+            # One document that can't be kept must not fail every question after it.
+            self.llm.keep_documents(self.session, before)
+            raise
         self.progress.stop()
 
     def _question(self, question: str) -> None:

@@ -25,6 +25,7 @@ from longspan.hf.model import CausalModel
 from longspan.kv.base import BLOCK, PAGE
 from longspan.kv.budget import Budget, size
 from longspan.kv.pages import PagedKV, PagePool
+from longspan.kv.undisturbed import Undisturbed
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
 
@@ -110,10 +111,11 @@ class Context(ABC):
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
-        for kv in self._layers():
-            # A layer that an interrupted chunk did not reach is shorter already.
-            kv.truncate(min(length, kv.length))
-        del self.tokens[length:]
+        with Undisturbed():
+            for kv in self._layers():
+                # A layer that an interrupted chunk did not reach is shorter already.
+                kv.truncate(min(length, kv.length))
+            del self.tokens[length:]
 
     @abstractmethod
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
@@ -145,16 +147,18 @@ class Context(ABC):
             kv.free()
 
     def _commit(self) -> None:
-        for kv in self._layers():
-            kv.commit()
+        with Undisturbed():
+            for kv in self._layers():
+                kv.commit()
 
     def dropped(self, length: int) -> tuple[int, int]:
         """Return the tokens `start .. stop - 1` that nothing reads any more at a context of `length`."""
         return self.mechanism.dropped(length)
 
     def _drop(self) -> None:
-        for kv in self._layers():
-            kv.drop(*self.dropped(self.length))
+        with Undisturbed():
+            for kv in self._layers():
+                kv.drop(*self.dropped(self.length))
 
 
 class KVContext(Context):
@@ -273,7 +277,8 @@ class KVContext(Context):
             # Two pages in the model's own type: the one being filled, and one that a question may reopen.
             held = (share - 2 * pool.native.page_bytes) // page_bytes - (pages - now)
             try:
-                rebalance(kv, mass.pages(now), held, sinks=sinks, window=window)
+                with Undisturbed():
+                    rebalance(kv, mass.pages(now), held, sinks=sinks, window=window)
             except UsageError as error:
                 raise PoolExhaustedError(
                     f"the {self.budget.root.name} budget of {size(spent + left)} does not hold the newest "
@@ -457,7 +462,8 @@ class _Attending:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         kv = self.layers[layer]
-        kv.append(k, v)
+        with Undisturbed():
+            kv.append(k, v)
         return self.mechanism.attend(q, kv, scale=scale, hints=replace(self.hints, layer=layer))
 
 
@@ -500,7 +506,8 @@ class _Indexing:
         if layer == context.last:
             raise Enough
         kv = context.layers[layer]
-        kv.append(k, v)
+        with Undisturbed():
+            kv.append(k, v)
         return context.mechanism.attend(q, kv, scale=scale)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import torch
@@ -20,12 +20,12 @@ import torch
 from longspan import settings
 from longspan.attention import Hints, Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
-from longspan.engine import prompts, saving
+from longspan.engine import prompts, rereading, saving
 from longspan.engine.choosing import Chooser, Chosen
 from longspan.engine.contexts import Context, IndexContext, KVContext
 from longspan.engine.generation import Answer, Generation, Stats, decode
 from longspan.engine.sampler import SamplingParams
-from longspan.errors import Cancelled, ContextTooLongError, ModelError, UsageError
+from longspan.errors import Cancelled, ContextTooLongError, LongspanError, ModelError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
@@ -34,7 +34,6 @@ from longspan.kv.budget import Budget
 from longspan.retrieval import heads as heads_store
 from longspan.retrieval.calibrate import calibrate
 from longspan.retrieval.documents import Reading, read_documents
-from longspan.retrieval.grounding import support
 from longspan.retrieval.heads import RetrievalHeads
 from longspan.sessions.session import Session, Turn
 from longspan.sessions.store import SessionStore
@@ -43,13 +42,7 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, how many tokens are done, and how many there are."""
 
 _AUTO = "auto"
-_ANSWER_ROOM = 256
 _CITED = 4
-_SHARE = 0.3
-"""Of the best sentence's score that another must have to be read again: second facts that a question needs had 0.45 and
-more in 10 of 12 questions, what stood around a single fact 0.28 and less (docs/experiments.md)."""
-_SUPPORTED = 0.5
-"""Share of an answer's new words that must stand in what was read; below it the text itself is quoted."""
 
 
 class LLM:
@@ -162,13 +155,33 @@ class LLM:
 
         Raises:
             DocumentError: a path can't be read (see `read_documents`).
+            UsageError, PoolExhaustedError: documents that can't be kept as was asked for; the session is as it was.
             Cancelled: Ctrl-C; what was read so far stays in the session.
         """
-        reading = read_documents(paths, stdin=stdin)
+        reading, before = read_documents(paths, stdin=stdin), len(session.documents)
         for document in reading.documents:
             self.add_text(session, document.text, document.name)
-        self.prefill(session, progress)
+        try:
+            self.prefill(session, progress)
+        except Cancelled:
+            raise
+        except LongspanError:
+            self.keep_documents(session, before)
+            raise
         return reading
+
+    def keep_documents(self, session: Session, count: int) -> None:
+        """Forget all but the first `count` documents of a session: others would be read again before every answer."""
+        session.keep_documents(count)
+        memory: Context | None = session.memory
+        if memory is None or memory.length <= session.head + len(session.tokens):
+            return
+        if count and memory.dropped(memory.length) == (0, 0):
+            memory.truncate(session.head + len(session.tokens))
+        else:
+            # What a window left behind can't be taken back: what stays is read again.
+            session.memory = None
+        session.saved_length = -1
 
     def add_text(self, session: Session, text: str, name: str = "text") -> None:
         """Add a text to a session without prefilling it yet; one that it holds already, by any name, is left out."""
@@ -214,7 +227,7 @@ class LLM:
         """Return the mechanism for this session's documents."""
         if self.attention is not None:
             return self.attention
-        fits = len(session.tokens) + 2 * _ANSWER_ROOM <= self.model.dimensions.window
+        fits = len(session.tokens) + 2 * rereading.ANSWER_ROOM <= self.model.dimensions.window
         return make("dense") if fits else make("retrieval")
 
     def heads(self, progress: Progress | None = None) -> RetrievalHeads:
@@ -284,7 +297,11 @@ class LLM:
         else:
             count, reach, lexical = max(_CITED, mechanism.wanted_pages), 1, True
             heads = self._heads_or_none()
-        return self._chooser.choose(question, session, heads, count=count, reach=reach, lexical=lexical)
+        chosen = self._chooser.choose(question, session, heads, count=count, reach=reach, lexical=lexical)
+        if not isinstance(mechanism, Retrieval):
+            # A mechanism may want many pages; a person wants few passages.
+            del chosen.citations[_CITED:]
+        return chosen
 
     def _heads_or_none(self) -> RetrievalHeads | None:
         """Return the retrieval heads, or None for a model in which none are found: words alone then choose."""
@@ -307,7 +324,8 @@ class LLM:
         started: float,
     ) -> Iterator[str]:
         if not session.documents:
-            prompt = self._fitting(prompts.plain(self.model, question, turns) for turns in _shorter(session.turns))
+            plain = (prompts.plain(self.model, question, turns) for turns in rereading.shorter(session.turns))
+            prompt = rereading.fitting(self.model, plain)
             yield from self._write(KVContext(self.model, self._without_documents()), prompt, params, answer, started)
         else:
             answer.stats.cached_tokens = self.prefill(session, progress).cached_tokens
@@ -315,34 +333,31 @@ class LLM:
             chosen = self.choose(question, session)
             answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
             if isinstance(context, IndexContext):
-                prompt, answer.read_again = self._reading_again(session, chosen, question)
+                wanted = context.wanted
+                prompt, answer.read_again = rereading.prompt_again(self.model, wanted, session, chosen, question)
                 scratch = KVContext(self.model, make("dense"))
                 yield from self._write(scratch, prompt, params, answer, started, context.length)
-                yield from self._quote(context.wanted, question, answer)
+                answer.quote = rereading.quotation(wanted, question, answer.text, answer.read_again)
+                if answer.quote:
+                    answer.text += answer.quote
+                    answer.notes.append("the model's own words are not in what it read, so the text is quoted")
+                    yield answer.quote
             else:
                 assert isinstance(context, KVContext), "a context is an index or a KV context"
                 context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
                 try:
-                    suffix = self._fitting(
-                        prompts.after_documents(self.model, question, turns) for turns in _shorter(session.turns)
+                    suffix = rereading.fitting(
+                        self.model,
+                        (
+                            prompts.after_documents(self.model, question, turns)
+                            for turns in rereading.shorter(session.turns)
+                        ),
                     )
                     yield from self._write(context, suffix, params, answer, started, context.length)
                 finally:
                     context.hints = Hints()
         if remember:
             session.turns.append(Turn(question, answer.text.strip()))
-
-    def _quote(self, mechanism: Retrieval, question: str, answer: Answer) -> Iterator[str]:
-        """Quote what was read again where the answer's own words do not stand in it."""
-        supported = support(answer.text, question, answer.read_again)
-        if not (mechanism.quote and mechanism.focus and answer.read_again) or supported is None:
-            return
-        if supported < _SUPPORTED:
-            said = " ".join(f"“{' '.join(text.split())}”" for text in answer.read_again)
-            answer.quote = f"\n\nThe text says: {said}"
-            answer.text += answer.quote
-            answer.notes.append("the model's own words are not in what it read, so the text is quoted")
-            yield answer.quote
 
     def _write(
         self,
@@ -417,50 +432,6 @@ class LLM:
             return session.tokens
         return prompts.before_documents(self.model) + session.tokens
 
-    def _reading_again(self, session: Session, chosen: Chosen, question: str) -> tuple[list[int], list[str]]:
-        """Return the prompt that reads what was chosen again, and what it reads, as much of it as fits the window."""
-        mechanism = context_mechanism(session.memory)
-        focus = mechanism.focus if isinstance(mechanism, Retrieval) else 0
-        if focus:
-            bar = _SHARE * chosen.sentences[0].mass if chosen.sentences else 0.0
-            clear = [s for s in chosen.sentences[:focus] if s.mass >= bar]
-            best = [session.documents[s.document].text[s.start : s.end] for s in clear]
-            over = prompts.over_sentences
-        else:
-            best = [citation.text for citation in chosen.citations]
-            over = prompts.over_passages
-        recent = session.turns[-2:]
-
-        def options() -> Iterator[tuple[list[int], list[str]]]:
-            # The best is read last, next to the question.
-            for count in range(len(best), 0, -1):
-                for turns in _shorter(recent):
-                    yield over(self.model, best[:count][::-1], question, turns), best[:count]
-            # A window too small for one passage gets as much of it as fits.
-            for share in (2, 4, 8):
-                cut = [text[: len(text) // share] for text in best[:1]]
-                yield over(self.model, cut, question, []), cut
-
-        read: list[str] = []
-
-        def noted() -> Iterator[list[int]]:
-            for prompt, texts in options():
-                read[:] = texts
-                yield prompt
-
-        # The last one offered is the one that fits.
-        return self._fitting(noted()), read
-
-    def _fitting(self, options: Iterable[list[int]]) -> list[int]:
-        """Return the first prompt that leaves room for an answer."""
-        window = self.model.dimensions.window
-        for prompt in options:
-            if len(prompt) + min(_ANSWER_ROOM, window // 4) <= window:
-                return prompt
-        raise ContextTooLongError(
-            f"question and passages do not fit the model's window of {window} tokens: shorten the question"
-        )
-
     def _check_question(self, question: str) -> None:
         count, window = len(self.model.tokens(question)), self.model.dimensions.window
         if count > window - 2 * PAGE:
@@ -473,9 +444,3 @@ class LLM:
 def context_mechanism(context: Context) -> Mechanism:
     """Return the mechanism that a context was made for (an index reads by a window on its behalf)."""
     return context.wanted if isinstance(context, IndexContext) else context.mechanism
-
-
-def _shorter(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
-    """Yield the conversation, then without its oldest turn, and so on to none."""
-    for start in range(len(turns) + 1):
-        yield turns[start:]

@@ -128,7 +128,7 @@ def choosing() -> Iterator[str]:
         elif "who" in cls.options():
             yield from (f"{name}:who={who}" for who in ("head", "layer", "model"))
         elif "summary" in cls.options():
-            yield from (f"{name}:summary={summary}" for summary in ("key", "bounds"))
+            yield from (f"{name}:sinks=4,summary={summary}" for summary in ("key", "bounds"))
         else:
             yield name
 

@@ -66,11 +66,13 @@ class PageReader(LayerKV):
         known = self.whole_pages(at + first, "k")
         out = known.new_empty(known.shape[0], last - first, *known.shape[2:])
         out[:, at] = known
-        for page in ((~held).nonzero().flatten() + first).tolist():
-            if page in self.exact:
-                out[:, page - first] = self.pool.host.tensors["k"][:, self.exact[page]].to(out)
-            else:
-                out[:, page - first] = self.summary("mean_key")[0, :, page].unsqueeze(1)
+        away = ((~held).nonzero().flatten() + first).tolist()
+        copied, lost = [page for page in away if page in self.exact], [page for page in away if page not in self.exact]
+        if copied:
+            slots = [self.exact[page] for page in copied]
+            out[:, torch.tensor(copied) - first] = self.pool.host.tensors["k"][:, slots].to(out)
+        if lost:
+            out[:, torch.tensor(lost) - first] = self.summary("mean_key")[0][:, lost].unsqueeze(2)
         return out.flatten(1, 2)[:, start - first * PAGE : stop - first * PAGE].unsqueeze(0)
 
     def gather_keys(self, index: Tensor) -> Tensor:

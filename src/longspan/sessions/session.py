@@ -77,6 +77,12 @@ class Session:
         self.offsets.extend(offsets)
         self.documents.append(SessionDocument(name, text, first, len(self.tokens)))
 
+    def keep_documents(self, count: int) -> None:
+        """Forget all but the first `count` documents."""
+        del self.documents[count:]
+        last = self.documents[-1].last if self.documents else 0
+        del self.tokens[last:], self.offsets[last:]
+
     def has(self, text: str) -> bool:
         """Return whether a document with this very text was added already."""
         return any(document.text == text for document in self.documents)
