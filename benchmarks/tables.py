@@ -103,7 +103,6 @@ def compare() -> str:
             f"{row['perplexity_ratio']:.3f}",
             f"{row['agreement']:.0%}",
             f"{row['needles']}/{row['questions']}",
-            f"{row['decode_ratio']:.2f}",
         ]
         for row in result["rows"]
     ]
@@ -114,7 +113,6 @@ def compare() -> str:
         "perplexity / dense",
         "greedy tokens as dense",
         "multi-key needles",
-        "decode speed / dense",
     ]
     lengths = sorted({row["length"] for row in result["rows"]})
     said = f"\n{', '.join(f'{length:,}' for length in lengths)} tokens, {result['device']}; `{result['command']}`\n"

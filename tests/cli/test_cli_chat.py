@@ -15,7 +15,18 @@ PROMPT = "\x1b[?2004h"  # bracketed paste is switched on: the prompt reads keys 
 
 def test_over_a_pipe(longspan, home: Path) -> None:
     (home / "more.txt").write_text("The ferry to Riga leaves at nine. " * 5)
-    lines = ["", "/help", "Who keeps the key?", "/doc more.txt", "/doc gone.txt", "/dance", "/save", "When?", "/stats"]
+    lines = [
+        "",
+        "/help",
+        "Who keeps the key?",
+        "/doc more.txt",
+        "/doc minutes.txt",
+        "/doc gone.txt",
+        "/dance",
+        "/save",
+        "When?",
+        "/stats",
+    ]
     lines += ["/save talk", "/quit", "never asked"]
     done = longspan("chat", "--doc", "minutes.txt", *FEW, stdin="\n".join(lines).encode())
     out, err = done.stdout.decode(), done.stderr.decode()
@@ -26,6 +37,7 @@ def test_over_a_pipe(longspan, home: Path) -> None:
     assert "2 documents" in out
     assert "2 questions remembered" in out
     assert "saved as talk" in out
+    assert err.count("nothing new: the session holds it already") == 1
     assert "gone.txt: there is no such file" in err
     assert "unknown command /dance: use /help, /doc" in err
     assert "the session has no name yet: /save NAME" in err
@@ -42,6 +54,17 @@ def test_a_named_session_keeps_the_conversation(longspan, cli) -> None:
     assert b"3 questions remembered" in second.stdout
     _, out, _ = cli("session", "show", "talk", "--json")
     assert json.loads(out)["turns"] == 3
+
+
+def test_a_document_that_can_not_be_kept_fails_no_later_question(longspan, home: Path) -> None:
+    (home / "long.txt").write_text("The ferry to Riga leaves at nine. " * 60)
+    lines = ["/doc long.txt", "Who keeps the key?", "/stats", "/save talk"]
+    kept = ("--attention", "quest", "--kv-budget", "150KB")
+    done = longspan("chat", "--doc", "minutes.txt", *kept, *FEW, stdin="\n".join(lines).encode())
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert err.count("raise it (--kv-budget)") == 1, err
+    assert "1 document," in out and "1 question remembered" in out and "saved as talk" in out
+    assert longspan("ask", "Who?", "--session", "talk", *kept, *FEW).returncode == 0
 
 
 def test_without_documents_it_just_talks(longspan) -> None:

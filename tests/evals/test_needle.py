@@ -1,5 +1,6 @@
 """The needle eval through the real engine: what it asks, what an interrupted run keeps, what files become together."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -247,9 +248,10 @@ def test_answers_of_other_models_and_other_evals_are_not_ours(call, file, spy, t
     assert call("--out", file, "--haystacks", 1)[0] == 0
     assert call("--out", file, "--haystacks", 1, "--minutes", "1e-9", model=other)[0] == 0
     assert spy.counts() == (2, 5)
-    file.write_text('{"environment": {}}\n{"score": 1}\n')
-    for arguments in (("--out", file), ("--merge", file)):
-        code, out, err = call(*arguments)
+    row = json.loads(file.read_text().splitlines()[1])
+    for strange, arguments in itertools.product(({"score": 1}, {**row, "length": "4K"}), ("--out", "--merge")):
+        file.write_text(f'{{"environment": {{}}}}\n{json.dumps(strange)}\n')
+        code, out, err = call(arguments, file)
         assert (code, out) == (2, "")
         assert "rows of another eval" in err and len(err.splitlines()) == 1
 

@@ -30,9 +30,13 @@ def test_numbers_are_words():
     assert support("It is 55173.", "Which code opens the vault?", read) == 0.0
 
 
-def test_a_yes_or_no_question_without_new_words_is_not_judged():
-    assert support("Yes.", "Is the mascot an otter?", [SENTENCE]) in (None, 0.0)
-    assert support("The mascot is an otter.", "Is the mascot an otter?", [SENTENCE]) is None
+@pytest.mark.parametrize("answer", ["Yes.", "No.", "Yes, the mascot is an otter.", "The mascot is an otter.", "Ja!"])
+def test_a_yes_or_no_question_without_new_words_is_not_judged(answer):
+    assert support(answer, "Is the mascot an otter?", [SENTENCE]) is None
+
+
+def test_yes_answers_no_question_for_something():
+    assert support("Yes.", QUESTION, [SENTENCE]) == 0.0
 
 
 def test_several_texts_count_together():

@@ -113,8 +113,8 @@ class _Chat:
             self.progress.stop()
         return True
 
-    def read(self, documents: Any) -> None:
-        """Read documents into the session."""
+    def read(self, documents: Any) -> bool:
+        """Read documents into the session, and return whether any of them is new to it."""
         from longspan.engine.generation import Stats
 
         before = len(self.session.documents)
@@ -130,6 +130,7 @@ class _Chat:
             self.llm.keep_documents(self.session, before)
             raise
         self.progress.stop()
+        return changed
 
     def _question(self, question: str) -> None:
         generation = self.llm.generate(question, self.session, self.params, remember=True)
@@ -155,7 +156,8 @@ class _Chat:
             path = path[1:-1]
         with suppress(RuntimeError):  # no such user's home
             path = str(Path(path).expanduser())
-        self.read(work.read_files([path], self.progress).documents)
+        if not self.read(work.read_files([path], self.progress).documents) and not self.read_stats.read_tokens:
+            self.progress.say("nothing new: the session holds it already")
 
     def _stats(self, _: str) -> None:
         session = self.session

@@ -410,7 +410,8 @@ class IndexContext(Context):
         keys = {
             head: self.index[self.slots.index((head[0], _kv_head(self.model, head))), :before] for head in heads.heads
         }
-        return token_mass(reader.queries, keys, sinks=heads.sinks)
+        # Of a text that is shorter than the sinks, its last token can still be found.
+        return token_mass(reader.queries, keys, sinks=min(heads.sinks, max(0, before - 1)))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Not to be had: upper layers are never run, so there are no logits."""

@@ -29,7 +29,6 @@ from longspan.errors import Cancelled, ContextTooLongError, LongspanError, Model
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
-from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.retrieval import heads as heads_store
 from longspan.retrieval.calibrate import calibrate
@@ -82,12 +81,12 @@ class LLM:
             UsageError: no such device, or a format that the number type can't hold.
         """
         chosen = None if attention in (None, _AUTO) else parse(attention)
+        self.prefill_by = None if prefill is None else parse(prefill)
         if (count := settings.threads()) is not None:
             torch.set_num_threads(count)
         name = model or settings.default_model()
         self.model = load(name, device=device, dtype=dtype, say=say) if isinstance(name, str) else name
         self.attention: Mechanism | None = chosen
-        self.prefill_by = None if prefill is None else parse(prefill)
         self._kv_format = None if kv == _AUTO else kv
         if self._kv_format is not None:
             formats.format_of(self._kv_format, self.model.dtype)
@@ -280,7 +279,7 @@ class LLM:
         started = time.perf_counter()
         session = session if session is not None else Session()
         params = params or SamplingParams(**sampling)
-        self._check_question(question)
+        self._check_question(question, bool(session.documents))
         mechanism = self.mechanism_for(session) if session.documents else self._without_documents()
         answer = Answer("", [], Stats(), "", mechanism.describe(), self.model.name)
         return Generation(answer, self._answer(question, session, params, answer, progress, remember, started))
@@ -432,13 +431,17 @@ class LLM:
             return session.tokens
         return prompts.before_documents(self.model) + session.tokens
 
-    def _check_question(self, question: str) -> None:
-        count, window = len(self.model.tokens(question)), self.model.dimensions.window
-        if count > window - 2 * PAGE:
+    def _check_question(self, question: str, documents: bool) -> None:
+        """Refuse before documents are read what could not be answered after that either."""
+        shortest = prompts.over_passages(self.model, [], question, []) if documents else None
+        try:
+            rereading.fitting(self.model, [shortest or prompts.plain(self.model, question, [])])
+        except ContextTooLongError as error:
+            count, window = len(self.model.tokens(question)), self.model.dimensions.window
             raise ContextTooLongError(
-                f"the question has {count} tokens but {self.model.name}'s window holds {window}: "
-                "shorten it, or give the long part as a document"
-            )
+                f"the question has {count} tokens, and {self.model.name}'s window holds {window}, the answer's among "
+                "them: shorten it, or give the long part as a document"
+            ) from error
 
 
 def context_mechanism(context: Context) -> Mechanism:

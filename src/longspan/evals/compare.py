@@ -190,7 +190,7 @@ def measure(
             needles=right,
             questions=questions,
             decode_tokens_per_s=round(speed, 2),
-            decode_ratio=round(ratio, 3),
+            decode_ratio=round(ratio, 3) if dense else 1.0,
         )
         dense = dense or row
         yield row

@@ -79,12 +79,14 @@ def picture(rows: Sequence[dict[str, Any]], about: str, file: Path) -> None:
         shares = sorted({float(Fraction(r["budget"])) for r in rows if r["mechanism"] != "dense"})
         axis.set_xticks(shares, [str(Fraction(share).limit_denominator(1024)) for share in shares])
     axes[0, 0].set_yscale("log")
+    for which in ("major", "minor"):
+        getattr(axes[0, 0].yaxis, f"set_{which}_formatter")("{x:.4g}")
     for axis in axes[1]:
         axis.set_xlabel("share of the context's keys that a query may read")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(f"What reading less costs, {rows[0]['length']:,} tokens\n{about}", fontsize=11)
-    figure.tight_layout(rect=(0, 0.04 + 0.025 * (len(labels) // 4 + 1), 1, 1))
+    figure.tight_layout(rect=(0, 0.01 + 0.025 * (len(labels) // 4 + 1), 1, 1))
     try:
         figure.savefig(file, dpi=130)
     except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from longspan.errors import UsageError
 from longspan.evals.journal import Entry, merged, read
@@ -67,6 +67,9 @@ class Row:
         return Key(*(getattr(self, name) for name in Key._fields))
 
 
+_KINDS: dict[str, type] = get_type_hints(Row)
+
+
 def answered(entries: Iterable[Entry]) -> dict[Key, Entry]:
     """Return the rows of journals by their questions; of several answers to one question the first counts.
 
@@ -121,7 +124,14 @@ def table(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _row(entry: Entry) -> Row:
+    foreign = UsageError("the file holds rows of another eval, or of another version of this one")
     try:
-        return Row(**entry.row)
+        row = Row(**entry.row)
     except TypeError as error:
-        raise UsageError("the file holds rows of another eval, or of another version of this one") from error
+        raise foreign from error
+    for name, kind in _KINDS.items():
+        # JSON writes a float without a fraction as an integer at times; a bool is an int to Python alone.
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value := getattr(row, name), allowed) or isinstance(value, bool) != (kind is bool):
+            raise foreign
+    return row

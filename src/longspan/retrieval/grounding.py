@@ -17,6 +17,9 @@ _OPEN = re.compile(
     r"\b(what|which|who|whom|whose|where|when|how many|how much|how long|how old|how far)\b", re.IGNORECASE
 )
 
+_YES_NO = frozenset("yes no да нет ja nein oui non sí sì si sim não tak nie".split())
+"""What answers a question without saying anything that could stand in a text."""
+
 
 def support(answer: str, question: str, texts: Sequence[str]) -> float | None:
     """Return the share, 0 to 1, of the answer's new words that stand in the texts; new: not in the question.
@@ -26,7 +29,7 @@ def support(answer: str, question: str, texts: Sequence[str]) -> float | None:
     """
     stems = Stems("english")
     asked = set(stems(question))
-    new = {stem for stem in stems(answer) if stem not in asked}
+    new = set(stems(answer)) - asked - _YES_NO
     if not new:
         return 0.0 if _OPEN.search(question) else None
     given = {stem for text in texts for stem in stems(text)}
