@@ -212,3 +212,27 @@ def test_ctrl_c_while_pages_change_leaves_them_whole(tiny, tokens, monkeypatch, 
     straight.extend(tokens[600:1000])
     torch.testing.assert_close(context.step(tokens[:5]), straight.step(tokens[:5]), atol=1e-3, rtol=1e-3)
     assert -(-context.length // PAGE) == len(context.layers[0].table)
+
+
+@pytest.mark.parametrize("spec", ["dense", "retrieval"])
+def test_ctrl_c_when_the_layers_are_done_takes_the_chunk_back(tiny, calibrated, tokens, monkeypatch, spec):
+    context = LLM(tiny, spec).new_context(parse(spec))
+    context.extend(tokens[:200])
+    forward = type(tiny).forward
+
+    def interrupted(*arguments, **options):
+        forward(*arguments, **options)
+        raise KeyboardInterrupt
+
+    class Stopping(list):
+        def extend(self, chunk):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(context, "tokens", Stopping(context.tokens))
+        context.extend(tokens[200:300])
+    assert {kv.length for kv in context.layers} == {200}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(tiny), "forward", interrupted)
+        context.extend(tokens[200:300])
+    assert {kv.length for kv in context.layers} == {context.length} == {200}

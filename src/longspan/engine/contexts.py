@@ -351,10 +351,10 @@ class KVContext(Context):
             self._settle(len(chunk))
         try:
             out = self.model.forward(chunk, reader, logits=logits)
+            self.tokens.extend(chunk)
         except BaseException:
             self.truncate(before)
             raise
-        self.tokens.extend(chunk)
         return out
 
     def truncate(self, length: int) -> None:
@@ -439,10 +439,10 @@ class IndexContext(Context):
         self._reserve(before + len(chunk))
         try:
             self.model.forward(chunk, _Indexing(self, keep=True))
+            self.tokens.extend(chunk)
         except BaseException:
             self.truncate(before)
             raise
-        self.tokens.extend(chunk)
         return None
 
     def _reserve(self, length: int) -> None:

@@ -28,6 +28,7 @@ from longspan.kv.planes import Plane
 from longspan.kv.pool import PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED, SlotTable
+from longspan.kv.undisturbed import Undisturbed
 from longspan.kv.writing import PageWriter
 
 __all__ = ["SUMMARY", "PagePool", "PagedKV"]
@@ -63,7 +64,7 @@ class PagedKV(PageWriter):
 
     def __del__(self) -> None:
         """Give every page back: whoever forgets a context need not know that a budget counted it."""
-        with suppress(Exception):  # made only in part, or at the end of the program
+        with suppress(Exception), Undisturbed():  # made only in part, or at the end of the program
             self.free()
 
     @property
