@@ -435,3 +435,20 @@ def test_a_named_model_is_loaded(folder, tiny, calibrated, monkeypatch):
     llm = LLM(attention="dense", device="cpu", dtype=torch.float32)
     assert llm.model.fingerprint == tiny.fingerprint
     assert llm.ask(QUESTION, max_tokens=6).text == LLM(tiny, "dense").ask(QUESTION, max_tokens=6).text
+
+
+def test_what_the_model_made_up_is_followed_by_the_text(make_llm, places):
+    # Random weights make everything up.
+    llm = make_llm("retrieval:window=128,pages=2")
+    session = llm.session()
+    llm.add_text(session, "Lise keeps the spare key. " * 60 + "The code of the gate is 7315. " + "Tom has none. " * 60)
+    question = "What is the code of the gate?"
+    answer = llm.ask(question, session, max_tokens=6)
+    assert answer.quote.strip().startswith("The text says: “")
+    assert answer.text == answer.own_words + answer.quote
+    assert answer.read_again and all(" ".join(text.split()) in answer.quote for text in answer.read_again)
+    assert any("quoted" in note for note in answer.notes)
+    silent = make_llm("retrieval:window=128,pages=2,quote=false").ask(question, session=None, max_tokens=6)
+    assert silent.quote == ""
+    stopped = llm.ask(question, session, max_tokens=6, stop=("never said",))
+    assert stopped.quote == "" and stopped.text == answer.own_words

@@ -336,7 +336,8 @@ class LLM:
                 prompt, answer.read_again = rereading.prompt_again(self.model, wanted, session, chosen, question)
                 scratch = KVContext(self.model, make("dense"))
                 yield from self._write(scratch, prompt, params, answer, started, context.length)
-                answer.quote = rereading.quotation(wanted, question, answer.text, answer.read_again)
+                if not params.stop:  # nothing may follow where the caller said where to stop
+                    answer.quote = rereading.quotation(wanted, question, answer.text, answer.read_again)
                 if answer.quote:
                     answer.text += answer.quote
                     answer.notes.append("the model's own words are not in what it read, so the text is quoted")
