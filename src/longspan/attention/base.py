@@ -7,6 +7,7 @@ Capabilities are attributes, and the planner, the evals, the docs and the comman
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -85,8 +86,6 @@ class Mechanism(ABC):
     """How a decode step's work grows with the context n."""
     beyond_window: ClassVar[bool] = True
     """Whether positions stay within what the model was trained on, however long the context."""
-    chooses: ClassVar[bool] = False
-    """Whether it keeps everything and chooses what a query reads; such a mechanism has `within`."""
     adapts: ClassVar[bool] = False
     """Whether it still reads pages of which only summaries are held, so that a byte budget can demote cold ones."""
     prefills: ClassVar[bool] = True
@@ -119,8 +118,12 @@ class Mechanism(ABC):
         computed = q.to(_compute_dtype(q.dtype))
         tile = self.gpu_tile if q.is_cuda else self.tile
         tiles = []
-        for start in range(0, queries, tile):
-            stop = min(start + tile, queries)
+        # A tile never crosses the trained length: on its two sides positions may be read differently.
+        trained = None if kv.rotary is None else kv.rotary.trained_length
+        edges = {*range(0, queries, tile), queries}
+        if trained is not None and first < trained < kv.length:
+            edges.add(trained - first)
+        for start, stop in itertools.pairwise(sorted(edges)):
             routing = hints.routing_query
             part = dataclasses.replace(hints, routing_query=None if routing is None else routing[:, :, start:stop])
             tiles.append(self.attend_tile(computed[:, :, start:stop], kv, first + start, scale, part))

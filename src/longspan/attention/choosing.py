@@ -48,7 +48,6 @@ class Choosing(Mechanism):
     dense_layers: int = 2
     """First layers that read everything, up to the trained length."""
 
-    chooses: ClassVar[bool] = True
     tile: ClassVar[int] = 128
     gpu_tile: ClassVar[int] = 128
     scored: ClassVar[int] = 1
@@ -84,10 +83,6 @@ class Choosing(Mechanism):
         """See `Mechanism.attend_tile`."""
         count = q.shape[2]
         true = true_positions(kv, first, count)
-        if 0 < true < count:
-            # The two sides read differently, however queries are tiled.
-            before = self.attend_tile(q[:, :, :true], kv, first, scale, hints)
-            return torch.cat([before, self.attend_tile(q[:, :, true:], kv, first + true, scale, hints)], 2)
         if true and hints.layer < self.dense_layers:
             return Dense().attend_tile(q, kv, first, scale, hints)
         windows = torch.arange(first + 1, first + 1 + count) - self.window_starts(first, count)

@@ -50,7 +50,6 @@ class Retrieval(Mechanism):
     name: ClassVar[str] = "retrieval"
     about: ClassVar[str] = "a few pages, chosen once a question by the model's retrieval heads"
     source: ClassVar[str] = "arXiv 2404.15574, 2502.12962"
-    chooses: ClassVar[bool] = True
     decode_order: ClassVar[str] = "1 (n once a question)"
 
     def __post_init__(self) -> None:

@@ -48,7 +48,6 @@ class Sparse(Mechanism):
     about: ClassVar[str] = "a window, sinks, and one key in every sqrt(n)"
     source: ClassVar[str] = "arXiv 1904.10509"
     decode_order: ClassVar[str] = "n^0.5"
-    chooses: ClassVar[bool] = True
     tile: ClassVar[int] = 128
     gpu_tile: ClassVar[int] = 128
 
@@ -86,10 +85,6 @@ class Sparse(Mechanism):
         """See `Mechanism.attend_tile`."""
         count = q.shape[2]
         true = true_positions(kv, first, count)
-        if 0 < true < count:
-            # The two sides read differently, however queries are tiled.
-            before = self.attend_tile(q[:, :, :true], kv, first, scale, hints)
-            return torch.cat([before, self.attend_tile(q[:, :, true:], kv, first + true, scale, hints)], 2)
         if true and hints.layer < self.dense_layers:
             return Dense().attend_tile(q, kv, first, scale, hints)
         index, valid = self.far_keys(first, count)

@@ -84,7 +84,6 @@ class Superlinear(Mechanism):
     name: ClassVar[str] = "superlinear"
     about: ClassVar[str] = "a window and the spans around the best of sqrt(n) anchors"
     source: ClassVar[str] = "arXiv 2601.18401"
-    chooses: ClassVar[bool] = True
     decode_order: ClassVar[str] = "n^0.5"
     tile: ClassVar[int] = 64
 

@@ -67,7 +67,6 @@ class Tree(Mechanism):
     about: ClassVar[str] = "near and chosen pages exactly, all else through a tree of means"
     source: ClassVar[str] = "arXiv 2506.13059, 2406.10774"
     decode_order: ClassVar[str] = "log n"
-    chooses: ClassVar[bool] = True
     prefills: ClassVar[bool] = False
     adapts: ClassVar[bool] = True
     tile: ClassVar[int] = 16
@@ -87,10 +86,6 @@ class Tree(Mechanism):
         """See `Mechanism.attend_tile`."""
         count = q.shape[2]
         true = true_positions(kv, first, count)
-        if 0 < true < count:
-            # The two sides read differently, however queries are tiled.
-            before = self.attend_tile(q[:, :, :true], kv, first, scale, hints)
-            return torch.cat([before, self.attend_tile(q[:, :, true:], kv, first + true, scale, hints)], 2)
         if true and hints.layer < self.dense_layers and kv.readable() is None:
             return Dense().attend_tile(q, kv, first, scale, hints)
         starts = self.window_starts(first, count)
