@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from longspan.attention import Mechanism, make, parse
-from longspan.engine.contexts import IndexContext, KVContext
+from longspan.engine.index_context import IndexContext
+from longspan.engine.kv_context import KVContext
 from longspan.errors import SessionCorruptError
 from longspan.kv.base import PAGE
 from longspan.retrieval.heads import RetrievalHeads

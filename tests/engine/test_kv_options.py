@@ -5,7 +5,7 @@ import torch
 
 from longspan import LLM
 from longspan.attention import make, mechanisms, parse
-from longspan.engine.contexts import KVContext
+from longspan.engine.kv_context import KVContext
 from longspan.errors import PoolExhaustedError, SessionNotFoundError, UnknownNameError, UsageError
 from longspan.evals.haystack import prose
 from longspan.kv.base import PAGE

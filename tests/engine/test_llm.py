@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from longspan import LLM
 from longspan.attention import Mechanism
 from longspan.engine import prompts
-from longspan.engine.contexts import IndexContext, KVContext
+from longspan.engine.index_context import IndexContext
+from longspan.engine.kv_context import KVContext
 from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, DocumentError, UnknownNameError, UsageError
 from longspan.sessions.session import Turn

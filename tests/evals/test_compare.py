@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longspan.attention import make, parse
-from longspan.engine.contexts import KVContext
+from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
 from longspan.evals.compare import Task, choosing, contenders, measure
 from longspan.evals.compare_report import picture, table

@@ -5,7 +5,7 @@ import torch
 
 from longspan.attention import parse
 from longspan.engine import contexts
-from longspan.engine.contexts import KVContext
+from longspan.engine.kv_context import KVContext
 from longspan.errors import PoolExhaustedError, UnknownNameError, UsageError
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget

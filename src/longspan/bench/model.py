@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from longspan.attention import Mechanism, parse
-from longspan.engine.contexts import CHUNK, GPU_CHUNK, Context, IndexContext, KVContext
+from longspan.engine.contexts import CHUNK, GPU_CHUNK, Context
+from longspan.engine.index_context import IndexContext
+from longspan.engine.kv_context import KVContext
 from longspan.engine.llm import LLM
 from longspan.errors import UsageError
 from longspan.evals.arguments import guarded, parser, say, specs_of

@@ -22,8 +22,10 @@ from longspan.attention import Hints, Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
 from longspan.engine import prompts, rereading, saving
 from longspan.engine.choosing import Chooser, Chosen
-from longspan.engine.contexts import Context, IndexContext, KVContext
+from longspan.engine.contexts import Context
 from longspan.engine.generation import Answer, Generation, Stats, decode
+from longspan.engine.index_context import IndexContext
+from longspan.engine.kv_context import KVContext
 from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, LongspanError, ModelError, UsageError
 from longspan.hf.loading import load

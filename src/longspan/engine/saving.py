@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from longspan.attention import Mechanism, parse
-from longspan.engine.contexts import Context, IndexContext
+from longspan.engine.contexts import Context
+from longspan.engine.index_context import IndexContext
 from longspan.errors import SessionCorruptError
 from longspan.hf.model import CausalModel
 from longspan.sessions.session import Session

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, make, mechanisms, parse
 from longspan.engine import prompts
-from longspan.engine.contexts import KVContext
+from longspan.engine.kv_context import KVContext
 from longspan.engine.llm import LLM
 from longspan.errors import UsageError
 from longspan.evals.facts import Question
