@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.kernels import span_attention as kernel
 from longspan.kernels.partial_attention import partial_attention
 from longspan.kv.base import LayerKV
 
@@ -46,6 +47,11 @@ def attend_spans(
     per_head = (batch, kv_heads, group * count * spans)
     rows = rows.reshape(*per_head, dim)
     lo, hi = lo.reshape(per_head), hi.reshape(per_head)
+    if count > 1 and kernel.serves(rows):
+        # Decode reads few keys: it must not bring all of them together first.
+        k, v = _keys(kv, 0, first + count), kv.values(0, first + count)
+        out, lse = kernel.span_attention(rows, k, v, lo, hi, scale=scale)
+        return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
     out = q.new_zeros(*per_head, value_dim)
     lse = q.new_full(per_head, float("-inf"))
     for b in range(batch):
