@@ -137,7 +137,8 @@ def attention() -> str:
     """The registry."""
     rows = []
     for name, cls in mechanisms().items():
-        flags = [text for text, on in (("exact", cls.exact), ("bounded memory", cls.bounded_memory)) if on]
+        said = {"exact": cls.exact, "bounded memory": cls.bounded_memory, "needs training": cls.needs_training}
+        flags = [text for text, on in said.items() if on]
         options = ", ".join(f"{key}={value}" for key, value in cls.options().items())
         page = f"[`{name}`](https://github.com/longspan/longspan/blob/main/docs/mechanisms/{name}.md)"
         rows.append([page, cls.about, ", ".join(flags), cls.decode_order, options, cls.source])

@@ -9,7 +9,7 @@ import longspan
 
 SOURCE = Path(longspan.__file__).parent
 ROOMS = (
-    "cli", "server", "bench", "evals", "planner", "train", "engine", "sessions", "retrieval", "hf", "attention",
+    "cli", "server", "bench", "evals", "peers", "planner", "train", "engine", "sessions", "retrieval", "hf", "attention",
     "distributed", "kv", "kernels", "settings", "lengths", "errors",
 )  # fmt: skip
 """From the top; a room imports from those behind it and from itself."""

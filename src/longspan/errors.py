@@ -53,7 +53,7 @@ class SessionCorruptError(SessionError):
 
 
 class SessionMismatchError(SessionError, ValueError):
-    """The saved session was made with another model, attention or tokenizer."""
+    """The saved session was made with another model, tokenizer, attention, prefill, number type or KV format."""
 
 
 class SaveError(SessionError, OSError):

@@ -18,6 +18,7 @@ from pathlib import Path
 from longspan.errors import UsageError
 
 DEFAULT_MODEL = "smollm2"
+_MOST_THREADS = 1024
 
 
 def cache_folder() -> Path:
@@ -46,8 +47,8 @@ def threads() -> int | None:
     text = os.environ.get("LONGSPAN_THREADS")
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"LONGSPAN_THREADS must be a whole number from 1, not {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
+        raise UsageError(f"LONGSPAN_THREADS must be a whole number from 1 to {_MOST_THREADS}, not {text!r}")
     return int(text)
 
 

@@ -94,6 +94,7 @@ EVERYTHING = [
     ("quest", dict(budget=900, window=1, sinks=0, who="head"), {}),
     ("quest", dict(budget=900, window=33, sinks=70, who="layer"), {}),
     ("quest", dict(budget=900, window=1, who="model"), dict(chosen_pages=tuple(range(15, -1, -1)))),
+    ("infini", dict(segment=4000), {}),
     ("superlinear", dict(window=4000), {}),
     ("superlinear", dict(window=8, spans=1, backward=1e6, forward=1e6), {}),
     ("superlinear", dict(window=8, spans=64, gate="joint"), {}),

@@ -23,6 +23,7 @@ KEYS = {
     "attention",
     "model",
     "finish_reason",
+    "stopped_by",
     "skipped",
     "notes",
 }
@@ -49,7 +50,7 @@ def test_json_has_all_keys_and_citations_are_slices(cli, home: Path, attention: 
     assert answer["attention"] == attention
     assert answer["prefill_tokens_per_s"] > 0
     assert answer["time_to_first_token_s"] > 0
-    assert answer["finish_reason"] in {"stop", "length"}
+    assert (answer["finish_reason"], answer["stopped_by"]) in {("stop", "end"), ("length", "length")}
     assert answer["session"] is None
     assert answer["skipped"] == []
 
@@ -77,6 +78,15 @@ def test_people_get_the_answer_then_passages_and_stats_on_stderr(cli) -> None:
     assert "tokens/s" in err
     assert "cached" in err
     assert "tokens/s" not in out
+
+
+@pytest.mark.parametrize("attention", ["dense", "retrieval"])
+def test_a_quotation_can_be_left_out(cli, attention: str) -> None:
+    options = ("--doc", "minutes.txt", "--attention", attention)
+    quoted, plain = ask_json(cli, *options), ask_json(cli, *options, "--no-quote")
+    assert quoted["quote"].startswith("The text says: “") and any("quoted" in note for note in quoted["notes"])
+    assert quoted["answer"].endswith(quoted["quote"]) and quoted["answer"].startswith(plain["answer"])
+    assert plain["quote"] is None and plain["notes"] == []
 
 
 def test_a_session_is_read_once_and_grows(cli) -> None:

@@ -48,6 +48,21 @@ def test_sessions_are_listed_shown_and_removed(cli, saved: None) -> None:
     assert "No session is saved" in out
 
 
+def test_how_a_session_is_read_and_kept_is_shown(cli, saved: None) -> None:
+    _, out, _ = cli("session", "show", "board", "--json")
+    assert (json.loads(out)["prefill"], json.loads(out)["kv"]) == (None, None)
+    asked = ("ask", "Who?", "--max-tokens", "2", "--session", "small")
+    options = ("--attention", "quest", "--prefill", "xattention", "--kv", "fp8")
+    cli(*asked, *options, "--doc", "minutes.txt")
+    _, out, _ = cli("session", "show", "small", "--json")
+    assert (json.loads(out)["prefill"], json.loads(out)["kv"]) == ("xattention", "fp8")
+    _, out, _ = cli("session", "show", "small")
+    assert "attention quest, prefill xattention, kv fp8, numbers" in out
+    code, _, err = cli(*asked, *options[:-2])
+    assert code == 1
+    assert 'saved with kv = "fp8", and no kv is asked for' in err
+
+
 @pytest.mark.parametrize("command", ["show", "rm"])
 def test_an_unknown_session_lists_the_known(cli, saved: None, command: str) -> None:
     code, out, err = cli("session", command, "other", "--json", *(["--yes"] if command == "rm" else []))
@@ -139,6 +154,9 @@ COMMANDS = [
     ["session", "ls"],
     ["session", "show"],
     ["session", "rm"],
+    ["eval"],
+    ["eval", "compare"],
+    ["eval", "needle"],
 ]
 
 
@@ -150,7 +168,7 @@ def test_help_has_an_example(cli, words: list[str]) -> None:
     assert f"Example: longspan {' '.join(words)}".strip() in out
 
 
-@pytest.mark.parametrize("words", [[], ["session"]])
+@pytest.mark.parametrize("words", [[], ["session"], ["eval"]])
 def test_without_a_command_help_is_shown(cli, words: list[str]) -> None:
     code, out, _ = cli(*words)
     assert code == 0

@@ -7,9 +7,10 @@ from longspan.attention import Mechanism, make, parse
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
 from longspan.errors import SessionCorruptError
+from longspan.hf.loading import load
 from longspan.kv.base import PAGE
 from longspan.retrieval.heads import RetrievalHeads
-from tiny_llama import CHUNK, SPECS
+from tiny_llama import CHUNK, SPECS, save_model
 
 HEADS = RetrievalHeads(((1, 0), (2, 1), (2, 3)))
 KV_SPECS = [spec for spec in SPECS if spec != "retrieval:window=128,pages=2"]
@@ -221,3 +222,28 @@ def test_mass_of_a_window_shorter_than_a_page(tiny, tokens, window, length):
     context.extend(tokens[:length])
     mass = context.mass(tiny.tokens("Which street?"), HEADS)
     assert mass.shape == (3, length)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A model that was trained on 256 positions."""
+    folder = save_model(tmp_path_factory.mktemp("models") / "short", max_position_embeddings=256)
+    return load(str(folder), device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("spec", ["quest", "retrieval", "retrieval:sinks=20,window=1000", "retrieval:window=100"])
+def test_documents_are_read_at_positions_that_were_trained(short, spec):
+    reads = new(short, spec).reads_by(300)
+    assert reads.window + reads.sinks == (104 if spec.endswith("=100") else 256)
+
+
+def test_beyond_the_trained_length_documents_are_read_by_sinks_and_a_window_within_it(short, tokens):
+    context = new(short, "quest:budget=64,window=32")
+    expected, longer = (
+        KVContext(short, context.mechanism, make("streaming", window=window, sinks=4)) for window in (252, 256)
+    )
+    for each in (context, expected, longer):
+        each.extend(tokens[:900])
+    keys = [each.layers[-1].keys(890, 900) for each in (context, expected, longer)]
+    torch.testing.assert_close(keys[0], keys[1], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(keys[0], keys[2], atol=2e-5, rtol=1e-4)

@@ -122,7 +122,7 @@ def test_a_budget_too_small_for_the_trees_window_is_told(tiny, tokens):
 @pytest.mark.parametrize(
     "options,error,told",
     [
-        (dict(attention="quest", kv="fp3"), UnknownNameError, "fp8"),
+        (dict(attention="quest", kv="fp3"), UnknownNameError, "auto, fp32, fp16, bf16, fp8"),
         (dict(attention="quest", kv="fp32"), None, ""),
         (dict(attention="tree", prefill="dense", kv_budget=10**9), UsageError, "leave out --prefill"),
         (dict(attention="retrieval", kv="fp8"), UsageError, "leave out"),
@@ -165,3 +165,59 @@ def test_a_forked_session_goes_its_own_way(make_llm, places, attention):
         llm.fork("harbor")
     with pytest.raises(UsageError, match="saved already"):
         llm.fork(session, "annexe")
+
+
+KEPT = [dict(kv="fp8"), dict(prefill="xattention"), dict(kv_budget=10**9)]
+
+
+@pytest.mark.parametrize("options", KEPT)
+def test_what_retrieval_can_not_keep_is_refused_before_a_model_is_loaded(options):
+    with pytest.raises(UsageError, match="such as --attention quest"):
+        LLM("no such model", "retrieval", **options)
+
+
+@pytest.mark.parametrize(
+    "options,told",
+    [
+        (dict(attention="tree", prefill="dense", kv_budget=10**9), "leave out --prefill or"),
+        (dict(attention="quest", kv_budget=100), "one page"),
+        (dict(kv_budget=100), "one page"),
+        (dict(attention="streaming", prefill="xattention"), "keeps everything"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_documents_are_read(tiny, options, told):
+    with pytest.raises(UsageError, match=told):
+        LLM(tiny, **options)
+
+
+@pytest.mark.parametrize("options", KEPT)
+def test_with_automatic_attention_a_long_text_is_refused_before_it_is_split_into_tokens(
+    make_llm, options, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    llm = make_llm(**options)
+    (tmp_path / "a.txt").write_text("The code of the gate is 7315. " * 12)
+    (tmp_path / "b.txt").write_text("The ferry to Oslo leaves from pier 12. " * 5000)
+    session = llm.session()
+    llm.read(session, ["a.txt"])
+    expected = llm.ask("Who?", session, max_tokens=6).text
+    split = []
+    tokens, offsets = type(llm.model).tokens, type(llm.model).tokens_with_offsets
+    monkeypatch.setattr(type(llm.model), "tokens", lambda model, text: split.append(text) or tokens(model, text))
+    monkeypatch.setattr(
+        type(llm.model), "tokens_with_offsets", lambda model, text: split.append(text) or offsets(model, text)
+    )
+    (tmp_path / "aa.txt").write_text("Nobody had asked for a lantern.")
+    with pytest.raises(UsageError, match=r"b\.txt is longer than .* window, and beyond it .* --attention quest"):
+        llm.read(session, ["aa.txt", "b.txt"])
+    assert max(map(len, split)) <= 8 * llm.model.dimensions.window, "all of it was split"
+    assert [document.name for document in session.documents] == ["a.txt"]
+    assert llm.ask("Who?", session, max_tokens=6).text == expected
+
+
+def test_a_document_that_fits_is_read_densely_as_was_asked_for(make_llm):
+    llm = make_llm(kv="fp8")
+    session = llm.session()
+    llm.add_text(session, "The code of the gate is 7315. " * 12, "notes")
+    llm.prefill(session)
+    assert session.memory.mechanism.name == "dense" and session.memory.layers[0].resolution(0) == "fp8"

@@ -57,7 +57,8 @@ def test_greedy_is_what_transformers_writes(make_llm, tiny, plain):
     expected = [token for token in tokens if token not in tiny.end_tokens]
     assert answer.text == tiny.decode(expected)
     assert answer.stats.decoded_tokens == len(expected) > 20
-    assert answer.finish_reason == ("length" if len(expected) == 60 else "stop")
+    ended = ("length", "length") if len(expected) == 60 else ("stop", "end")
+    assert (answer.finish_reason, answer.stopped_by) == ended
 
 
 def test_greedy_over_documents_is_what_transformers_writes(make_llm, tiny, plain, text):
@@ -75,7 +76,7 @@ def test_greedy_over_documents_is_what_transformers_writes(make_llm, tiny, plain
     )
     assert len(prompt) > 2 * CHUNK
     expected = [token for token in plain(prompt, 40) if token not in tiny.end_tokens]
-    assert answer.text == tiny.decode(expected)
+    assert answer.own_words == tiny.decode(expected)
     assert len(expected) > 10
     assert answer.stats.prompt_tokens == len(prompt)
 
@@ -87,7 +88,7 @@ def test_an_end_token_ends_the_answer(make_llm, tiny, plain, monkeypatch):
     monkeypatch.setitem(tiny.__dict__, "end_tokens", frozenset({end}))
     answer = make_llm("dense").ask(QUESTION, max_tokens=20)
     assert answer.text == tiny.decode(tokens[:at])
-    assert answer.finish_reason == "stop" and answer.stats.decoded_tokens == at
+    assert (answer.finish_reason, answer.stopped_by) == ("stop", "end") and answer.stats.decoded_tokens == at
 
 
 def test_a_seed_repeats_an_answer(make_llm, text):
@@ -118,7 +119,7 @@ def test_pieces_join_to_the_answer(make_llm, text, spec):
 def test_no_more_tokens_than_asked_for(make_llm, tiny, plain, count):
     answer = make_llm("dense").ask(QUESTION, max_tokens=count)
     assert answer.stats.decoded_tokens == count
-    assert answer.finish_reason == "length"
+    assert (answer.finish_reason, answer.stopped_by) == ("length", "length")
     assert answer.text == tiny.decode(plain(prompts.plain(tiny, QUESTION, []), count))
 
 
@@ -129,8 +130,23 @@ def test_a_stop_string_ends_the_answer_before_it(make_llm, text):
     stop = whole[11:14]
     answer = llm.ask(QUESTION, session, max_tokens=40, stop=[stop, "no such text"])
     assert answer.text == whole[: whole.index(stop)]
-    assert answer.finish_reason == "stop"
+    assert (answer.finish_reason, answer.stopped_by) == ("stop", "string")
     assert answer.stats.decoded_tokens < 40
+
+
+@pytest.mark.parametrize("ended", ["end", "length"])
+def test_a_stop_string_that_waited_for_a_longer_one_counts_whatever_ended_the_answer(
+    make_llm, tiny, plain, monkeypatch, ended
+):
+    tokens = plain(prompts.plain(tiny, QUESTION, []), 20)
+    at = next(i for i in range(6, 20) if tokens[i] not in tokens[:i])
+    if ended == "end":
+        monkeypatch.setitem(tiny.__dict__, "end_tokens", frozenset({tokens[at]}))
+    whole = tiny.decode(tokens[:at])
+    # The second may begin there, too, so that the first waits until nothing follows.
+    answer = make_llm("dense").ask(QUESTION, max_tokens=at, stop=[whole[-2:], whole[-2:] + "\ue000"])
+    assert answer.text == whole[: whole.index(whole[-2:])]
+    assert (answer.finish_reason, answer.stopped_by) == ("stop", "string")
 
 
 def test_an_answer_is_cut_where_the_window_ends(make_llm, tiny, text):
@@ -168,7 +184,7 @@ def test_closing_early_takes_back_what_was_read(make_llm, text, spec):
         assert list(generation) == []
         assert session.memory.length == length
         assert asked(llm, session) == expected
-    assert generation.answer.finish_reason == "cancelled"
+    assert generation.answer.finish_reason == generation.answer.stopped_by == "cancelled"
 
 
 def test_an_interrupt_while_answering_takes_back_what_was_read(make_llm, text, spec, monkeypatch):
@@ -339,7 +355,7 @@ def test_a_conversation_is_remembered_where_it_was_asked_for(make_llm, tiny, pla
         prompts.before_documents(tiny) + tiny.tokens(text) + prompts.after_documents(tiny, OTHER, list(session.turns))
     )
     expected = tiny.decode([token for token in plain(prompt, 20) if token not in tiny.end_tokens])
-    assert llm.ask(OTHER, session, max_tokens=20).text == expected
+    assert llm.ask(OTHER, session, max_tokens=20).own_words == expected
 
 
 def test_a_conversation_longer_than_the_window_without_documents_loses_its_oldest_turns(make_llm):
@@ -436,20 +452,3 @@ def test_a_named_model_is_loaded(folder, tiny, calibrated, monkeypatch):
     llm = LLM(attention="dense", device="cpu", dtype=torch.float32)
     assert llm.model.fingerprint == tiny.fingerprint
     assert llm.ask(QUESTION, max_tokens=6).text == LLM(tiny, "dense").ask(QUESTION, max_tokens=6).text
-
-
-def test_what_the_model_made_up_is_followed_by_the_text(make_llm, places):
-    # Random weights make everything up.
-    llm = make_llm("retrieval:window=128,pages=2")
-    session = llm.session()
-    llm.add_text(session, "Lise keeps the spare key. " * 60 + "The code of the gate is 7315. " + "Tom has none. " * 60)
-    question = "What is the code of the gate?"
-    answer = llm.ask(question, session, max_tokens=6)
-    assert answer.quote.strip().startswith("The text says: “")
-    assert answer.text == answer.own_words + answer.quote
-    assert answer.read_again and all(" ".join(text.split()) in answer.quote for text in answer.read_again)
-    assert any("quoted" in note for note in answer.notes)
-    silent = make_llm("retrieval:window=128,pages=2,quote=false").ask(question, session=None, max_tokens=6)
-    assert silent.quote == ""
-    stopped = llm.ask(question, session, max_tokens=6, stop=("never said",))
-    assert stopped.quote == "" and stopped.text == answer.own_words

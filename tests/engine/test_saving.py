@@ -114,6 +114,35 @@ def test_another_attention_is_refused(make_llm, text, other):
     assert make_llm("streaming:sinks=8,window=100").session("codes").memory.length > 0
 
 
+PREFILL, FP8 = {"prefill": "streaming:window=64"}, {"kv": "fp8"}
+
+
+@pytest.mark.parametrize(
+    "saved,asked,told",
+    [
+        (FP8, {}, 'kv = "fp8", and no kv is'),
+        ({}, FP8, 'no kv, and kv = "fp8" is'),
+        (FP8, {"kv": "fp16"}, 'kv = "fp8", and kv = "fp16" is'),
+        (PREFILL, {}, 'prefill = "streaming:window=64", and no prefill is'),
+        (FP8 | PREFILL, FP8, 'prefill = "streaming:window=64", and no prefill is'),
+        (PREFILL, {"prefill": "streaming:window=65"}, 'and prefill = "streaming:window=65" is'),
+    ],
+)
+def test_the_option_that_differs_is_named(make_llm, text, saved, asked, told):
+    llm = make_llm("dense", **saved)
+    llm.save(read(llm, text[:300]))
+    assert make_llm("dense", **saved).session("codes").memory.length > 0
+    with pytest.raises(SessionMismatchError) as caught:
+        make_llm("dense", **asked).session("codes")
+    assert told in str(caught.value) and "attention" not in str(caught.value)
+
+
+def test_automatic_kv_is_none(make_llm, text):
+    llm = make_llm("dense", kv="auto")
+    llm.save(read(llm, text[:300]))
+    assert make_llm("dense").session("codes").memory.length > 0
+
+
 def test_another_model_is_refused(make_llm, text, tmp_path):
     llm = make_llm("dense")
     llm.save(read(llm, text[:300]))

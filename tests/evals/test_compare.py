@@ -15,6 +15,7 @@ from longspan.evals.haystack import prose
 
 pytestmark = pytest.mark.usefixtures("one_thread", "places")
 LENGTH = 900
+EVICTING = {"h2o", "snapkv", "rocketkv", "expected", "keydiff"}
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_who_reads_everything_is_dense_and_who_reads_little_is_not(make_llm, tas
 def test_every_chooser_runs_at_every_budget_and_leaves_no_trace(make_llm, task):
     specs = list(choosing())
     names = {parse(spec).name for spec in specs}
-    assert names == {"streaming", "sparse", "superlinear", "quest", "tree", "retrieval"}
+    assert names == {"streaming", "sparse", "superlinear", "quest", "tree", "retrieval"} | EVICTING
     assert {"quest:who=model", "tree:who=layer", "superlinear:sinks=4,summary=bounds", "retrieval:read=place"} <= set(
         specs
     )
@@ -64,6 +65,14 @@ def test_every_chooser_runs_at_every_budget_and_leaves_no_trace(make_llm, task):
     (alone,) = (row for row in measure(make_llm(), [specs[-1]], ["1/2"], task) if row.mechanism == specs[-1])
     timed = {"decode_tokens_per_s": 0, "decode_ratio": 0}
     assert asdict(replace(alone, **timed)) == asdict(replace(rows[-1], **timed))
+
+
+@pytest.mark.parametrize("name", sorted(EVICTING))
+def test_who_evicts_reads_for_itself(make_llm, task, name):
+    rows = {row.budget: row for row in measure(make_llm(), [f"{name}:window=64,every=128"], ["2", "1/4"], task)}
+    assert rows["2"].perplexity_ratio == pytest.approx(1, abs=1e-3) and rows["2"].agreement == 1
+    assert rows["1/4"].perplexity_ratio != rows["2"].perplexity_ratio
+    assert rows["1/4"].keys < rows["2"].keys == LENGTH
 
 
 def test_known_rows_are_not_measured_again(make_llm, task):

@@ -20,6 +20,7 @@ EVERYTHING = [
     *EXACT,
     "streaming:window=4096",
     "streaming:window=20,sinks=4096",
+    "infini:segment=4096",
     "superlinear:window=4096",
     "superlinear:window=8,spans=1,backward=1000,forward=1000",
     "retrieval:window=4096,read=place",

@@ -91,9 +91,19 @@ def test_a_narrower_float_type_saturates():
     assert back[0, 0, 1, 0] == 65504 and back[0, 0, 0, 0] == -65504 and back[0, 0, 0, 1].isnan()
 
 
-def test_an_unknown_format_is_told_the_known_ones():
-    with pytest.raises(UnknownNameError, match=r"'fp9'.*fp32, fp16, bf16, fp8"):
-        PagePool(1, 2, 2, torch.float32, CPU, kv_format="fp9")
+@pytest.mark.parametrize("dtype", FLOATS.values())
+def test_an_unknown_format_is_told_those_that_can_be_given(dtype):
+    with pytest.raises(UnknownNameError, match=r"'fp9': use one of auto, .*fp8") as caught:
+        PagePool(1, 2, 2, dtype, CPU, kv_format="fp9")
+    told = str(caught.value).partition("use one of ")[2].split(", ")
+    for name in told:
+        assert PagePool(1, 2, 2, dtype, CPU, kv_format=name).format.bits <= 8 * dtype.itemsize
+    for name in set(formats.names()) - set(told):
+        with pytest.raises(UsageError, match=f"use one of {', '.join(told)}"):
+            PagePool(1, 2, 2, dtype, CPU, kv_format=name)
+
+
+def test_a_page_is_demoted_to_a_known_format():
     kv = PagedKV(PagePool(1, 2, 2, torch.float32, CPU))
     with pytest.raises(UnknownNameError, match="'fp9'"):
         kv.demote([], "fp9")

@@ -162,6 +162,29 @@ def test_saved_states_that_do_not_fit_are_refused_and_change_nothing(spoil):
     other.check()
 
 
+def test_checkpoints_are_given_up_evenly_and_what_must_stay_stays():
+    budget = Budget()
+    running = Running(1, budget)
+    running.read(list(range(3 * PAGE + 10)))
+    running.states.commit()
+    assert running.states.committed == 3 * PAGE + 10
+    running.read(list(range(4 * PAGE)))
+    pages = [PAGE * i for i in range(1, 8)]
+    kept = [*pages[:3], 3 * PAGE + 10, *pages[3:], 7 * PAGE + 10]
+    assert running.states.positions == kept
+    # Those nearest to both neighbours first; of equals the older.
+    for gone in (3 * PAGE, 7 * PAGE, 4 * PAGE, PAGE, 6 * PAGE, 2 * PAGE, 5 * PAGE):
+        assert running.states.thin()
+        kept.remove(gone)
+        assert running.states.positions == kept and budget.used == SIZE * len(kept)
+    assert not running.states.thin() and kept == [3 * PAGE + 10, 7 * PAGE + 10]
+    running.check()
+    running.cut(6 * PAGE)
+    running.check()
+    running.states.free()
+    assert not running.states.thin() and budget.used == 0
+
+
 def test_bad_values_are_refused():
     with pytest.raises(UsageError, match="every=0"):
         StateCheckpoints(0)

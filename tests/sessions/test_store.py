@@ -254,6 +254,15 @@ def test_identity_must_match(store: SessionStore) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_null_is_as_good_as_none(store: SessionStore) -> None:
+    save(store)
+    store.load("one", IDENTITY | {"later": None})
+    with pytest.raises(SessionMismatchError, match="no later, and later = 1 is asked for"):
+        store.load("one", IDENTITY | {"later": 1})
+    with pytest.raises(SessionMismatchError, match='model = ".*", and no model is asked for'):
+        store.load("one", {"model": None})
+
+
 def test_show_and_infos_read_manifests_only(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     save(store, "b", tag=2)
     save(store, "a", tag=1)

@@ -64,7 +64,9 @@ class Hints:
     chosen_pages: tuple[int, ...] = ()
     """Pages of 64 tokens chosen for this question by the model's retrieval heads (retrieval, and `who=model`)."""
     layer: int = 0
-    """Which layer attends, from 0: some mechanisms leave the first layers dense."""
+    """Which layer attends, from 0, counted among those that do: some mechanisms leave the first layers dense."""
+    gates: Tensor | None = None
+    """`[Hq]`, before the sigmoid: how much of each head's output is memory, in a model trained with one (infini)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Mechanism(ABC):
     """Whether positions stay within what the model was trained on, however long the context."""
     adapts: ClassVar[bool] = False
     """Whether it still reads pages of which only summaries are held, so that a byte budget can demote cold ones."""
+    evicts: ClassVar[bool] = False
+    """Whether each KV head forgets keys of its own choice for good, so that its layers are `kv.kept.KeptKV`."""
     prefills: ClassVar[bool] = True
     """Whether documents are read by it; False: its paper chooses in decode only, and prefill is another mechanism's."""
     prefill_only: ClassVar[bool] = False
@@ -141,6 +145,14 @@ class Mechanism(ABC):
     def dropped(self, length: int) -> tuple[int, int]:
         """Return the tokens `start .. stop - 1` that no later query reads at a context of `length`."""
         return (0, 0)
+
+    def memory(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Return the tensors, by name, in which it remembers tokens that it reads no more; {}: it keeps none.
+
+        It holds them in `kv.memory`, and updates them as it attends: then it must read every token of the context
+        itself.
+        """
+        return {}
 
     @property
     def summaries(self) -> tuple[str, ...]:

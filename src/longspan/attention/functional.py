@@ -24,6 +24,7 @@ def attend(
     routing_query: Tensor | None = None,
     chosen_pages: Sequence[int] = (),
     layer: int | None = None,
+    gates: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Attend causally from the last T positions of a context, by any registered mechanism.
@@ -39,6 +40,7 @@ def attend(
             the best first.
         layer: which layer of a model this is, from 0, for mechanisms that leave the first layers dense; None: one
             beyond those.
+        gates: `[Hq]`, how much of each head's output is memory, before the sigmoid (infini); None: its `beta`.
         **options: the mechanism's dataclass fields.
 
     Returns:
@@ -48,6 +50,11 @@ def attend(
         UsageError: shapes, types or devices that don't fit, or an unknown mechanism or option.
     """
     _check(q, k, v, routing_query)
+    if gates is not None and (gates.shape != q.shape[1:2] or gates.device != q.device):
+        raise UsageError(
+            f"gates must be [{q.shape[1]}], one for each query head, on {q.device}: not {tuple(gates.shape)} on "
+            f"{gates.device}"
+        )
     if isinstance(mechanism, Mechanism):
         if options:
             raise UsageError("options belong to a mechanism's name; this mechanism is made already")
@@ -60,6 +67,7 @@ def attend(
         routing_query=routing_query,
         chosen_pages=tuple(int(page) for page in chosen_pages),
         layer=sys.maxsize if layer is None else layer,
+        gates=gates,
     )
     return chosen.attend(q, TensorKV(k, v), scale=scale, hints=hints)
 

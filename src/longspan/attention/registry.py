@@ -15,6 +15,8 @@ from longspan.attention.base import Mechanism
 from longspan.errors import UnknownNameError, UsageError
 
 _HOMES: dict[str, str] = {}
+_MOST = 1 << 40
+"""Largest whole number of an option: more tokens than any context has, and no sum of a few of them overflows."""
 
 
 def register(name: str, home: str) -> None:
@@ -30,6 +32,12 @@ register("sparse", "longspan.attention.sparse:Sparse")
 register("superlinear", "longspan.attention.superlinear:Superlinear")
 register("quest", "longspan.attention.quest:Quest")
 register("tree", "longspan.attention.tree:Tree")
+register("infini", "longspan.attention.infini:Infini")
+register("h2o", "longspan.attention.h2o:H2O")
+register("snapkv", "longspan.attention.snapkv:SnapKV")
+register("rocketkv", "longspan.attention.rocketkv:RocketKV")
+register("expected", "longspan.attention.expected:Expected")
+register("keydiff", "longspan.attention.keydiff:KeyDiff")
 register("retrieval", "longspan.attention.retrieval:Retrieval")
 register("xattention", "longspan.attention.xattention:XAttention")
 
@@ -62,7 +70,11 @@ def make(name: str, **options: Any) -> Mechanism:
             listed = ", ".join(sorted(known)) or "none"
             raise UnknownNameError(f"attention {name!r} has no option {option!r}; its options: {listed}")
     hints = typing.get_type_hints(cls)
-    return cls(**{option: _checked(name, option, value, hints[option]) for option, value in options.items()})
+    checked = {option: _checked(name, option, value, hints[option]) for option, value in options.items()}
+    for option, value in checked.items():
+        if isinstance(value, int) and value > _MOST:
+            raise UsageError(f"option {option!r} of attention {name!r} is {value}: give at most {_MOST}")
+    return cls(**checked)
 
 
 def parse(spec: str | Mechanism) -> Mechanism:

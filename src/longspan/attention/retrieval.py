@@ -44,8 +44,8 @@ class Retrieval(Mechanism):
     lexical: bool = True
     """Whether a lexical index over the same pages (BM25) joins in choosing."""
     quote: bool = True
-    """Whether the sentences read are quoted where the answer's own words do not stand in them (with `focus`; not where
-    stop strings were given)."""
+    """Whether the best sentences are quoted where the answer's own words do not stand in what was read (not where stop
+    strings were given)."""
 
     name: ClassVar[str] = "retrieval"
     about: ClassVar[str] = "a few pages, chosen once a question by the model's retrieval heads"

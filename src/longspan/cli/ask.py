@@ -29,6 +29,7 @@ def ask(
     prefill: options.Prefill = None,
     kv: options.KVFormat = "auto",
     kv_budget: options.KVBudget = None,
+    quote: options.Quote = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
     *,
@@ -48,7 +49,7 @@ def ask(
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
         params = sampling.params()
-        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget)
+        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, quote=quote)
         if session is not None:
             progress.busy(f"opening the session {session}")
         opened = llm.session(session)
@@ -101,6 +102,7 @@ def _as_json(answer: Answer, read: Stats, session: str | None, reading: Reading)
         "attention": answer.attention,
         "model": answer.model,
         "finish_reason": answer.finish_reason,
+        "stopped_by": answer.stopped_by,
         "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in reading.skipped],
         "quote": answer.quote.strip() or None,
         "notes": list(answer.notes),

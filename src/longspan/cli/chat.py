@@ -46,6 +46,7 @@ def chat(
     prefill: options.Prefill = None,
     kv: options.KVFormat = "auto",
     kv_budget: options.KVBudget = None,
+    quote: options.Quote = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
     *,
@@ -62,7 +63,7 @@ def chat(
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
         params = sampling.params()
-        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget)
+        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, quote=quote)
         talk = _Chat(llm, llm.session(session), params, progress)
         talk.read(reading.documents)
         talk.greet()
@@ -118,9 +119,9 @@ class _Chat:
         from longspan.engine.generation import Stats
 
         before = len(self.session.documents)
-        changed = work.add(self.llm, self.session, documents, self.progress)
         self.read_stats = Stats()
         try:
+            changed = work.add(self.llm, self.session, documents, self.progress)
             if self.session.documents:
                 self.read_stats = work.prefill(self.llm, self.session, self.progress, changed=changed)
         except (Cancelled, SaveError):
@@ -189,6 +190,8 @@ class _Chat:
 
 def _lines() -> Iterator[str]:
     """Yield what the user types, line by line, until Ctrl-D."""
+    if sys.stdin is None:
+        raise UsageError("there is no standard input to read questions from: start it in a terminal, or pipe them in")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -47,8 +47,11 @@ def demo(json: options.AsJson = False) -> None:
             f"and answers {len(QUESTIONS)} questions about it. Everything runs on this machine.\n"
             f"The text: {document}\nWhat is read is kept as the session {NAME!r}.\n"
         )
-        llm = work.load(None, None, "auto", progress)
         from longspan.sessions.session import Session
+        from longspan.sessions.store import SessionStore
+
+        SessionStore().check_writable(NAME)
+        llm = work.load(None, None, "auto", progress)
 
         # A new session whatever was saved before: the first figure must include the reading.
         session = Session(NAME)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli import options, output, work
+from longspan.cli import eval_compress, eval_needle, eval_ruler, options, output, work
 from longspan.cli.progress import Progress
-from longspan.errors import SaveError, UsageError
+from longspan.errors import UsageError
 from longspan.lengths import lengths_of
 
 if TYPE_CHECKING:
     from longspan.engine.llm import LLM
-    from longspan.evals.journal import Journal
 
 _EXAMPLE = 'longspan eval compare --doc manual.md --mechanisms "quest tree" --budgets 1/4,1/8'
 
@@ -33,6 +32,9 @@ def add_to(app: typer.Typer) -> None:
         rich_markup_mode=None,
     )
     evals.command("compare", epilog=f"Example: {_EXAMPLE}")(compare)
+    evals.command("compress", epilog=f"Example: {eval_compress.EXAMPLE}")(eval_compress.compress)
+    evals.command("ruler", epilog=f"Example: {eval_ruler.EXAMPLE}")(eval_ruler.ruler)
+    evals.command("needle", epilog=f"Example: {eval_needle.EXAMPLE}")(eval_needle.needle)
     app.add_typer(evals, name="eval")
 
 
@@ -72,22 +74,26 @@ def compare(
     if min(tokens, greedy) < 2 or haystacks < 1:
         raise UsageError("--tokens and --greedy need at least 2, --haystacks at least 1")
     with Progress() as progress:
-        text = _text(doc, progress)
+        text = work.prose_of(doc, progress)
         from longspan.attention import parse
         from longspan.evals.arguments import specs_of
         from longspan.evals.compare import Row, Task, choosing, measure
         from longspan.evals.compare_report import COLUMNS, picture, table
         from longspan.evals.environment import environment
+        from longspan.evals.journal import in_folder
 
         every = mechanisms.strip() == "all"
         specs = list(choosing()) if every else specs_of(mechanisms)
         read_by = None if prefill is None else parse(prefill)
         llm = work.load(model, None, device, progress)
+        for spec in specs:
+            for note in llm.model.trained.lacks(parse(spec), llm.model.name):
+                progress.say(f"note: {note}")
         about = environment(llm.model.device, "eval compare", sys.argv[3:]) | {"model": llm.model.name}
         about["command"] = about["command"].replace("python -m", "longspan", 1)
         tell = progress.busy if sys.stderr.isatty() else progress.say
         rows: list[dict[str, Any]] = []
-        with _journal(out) as journal:
+        with in_folder(out, "rows.jsonl") as journal:
             journal.begin(about)
             for length in wanted:
                 task = Task(length, _tokens(llm, text, length + tokens), haystacks, greedy, seed)
@@ -135,14 +141,6 @@ def _shares(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _text(doc: list[str] | None, progress: Progress) -> str:
-    if not doc:
-        from longspan.evals.haystack import prose
-
-        return prose()
-    return "\n\n".join(document.text for document in work.read_files(doc, progress).documents)
-
-
 def _tokens(llm: LLM, text: str, count: int) -> list[int]:
     """Return the first `count` tokens of a text (UsageError: it has fewer)."""
     tokens = llm.model.tokens(text[: count * 12])[:count]
@@ -151,16 +149,3 @@ def _tokens(llm: LLM, text: str, count: int) -> list[int]:
             f"the text has {len(tokens)} tokens but {count} are needed: give more with --doc, or less --lengths"
         )
     return tokens
-
-
-def _journal(out: str | None) -> Journal:
-    from longspan.evals.journal import Journal
-
-    if out is None:
-        return Journal(None)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"can't make {folder}: {error.strerror or error}") from error
-    return Journal(folder / "rows.jsonl")

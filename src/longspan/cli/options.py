@@ -59,6 +59,13 @@ KVBudget = Annotated[
     str | None,
     typer.Option("--kv-budget", metavar="BYTES", help="Most memory for keys and values, such as 8GiB or 500MB."),
 ]
+Quote = Annotated[
+    bool,
+    typer.Option(
+        "--quote/--no-quote",
+        help="Whether the text is quoted after an answer whose own words are not in it (never with --stop).",
+    ),
+]
 SessionName = Annotated[
     str | None,
     typer.Option(

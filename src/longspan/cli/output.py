@@ -113,6 +113,9 @@ def failure(error: BaseException) -> int:
     if isinstance(error, LongspanError):
         say(f"longspan: {one_line(error)}")
         return _STOPPED if isinstance(error, Cancelled) else 2 if isinstance(error, UsageError) else 1
+    if _of_memory(error):
+        say("longspan: there is not enough memory: give less to read, a shorter length, or a smaller model")
+        return 1
     if type(error).__name__ == "Abort":  # typer's, at a question that was answered by Ctrl-C or Ctrl-D
         say("longspan: stopped")
         return _STOPPED
@@ -122,6 +125,12 @@ def failure(error: BaseException) -> int:
         return int(getattr(error, "exit_code", 2))
     say(f"longspan: internal error: {type(error).__name__}: {one_line(error)} (LONGSPAN_DEBUG=1 shows where)")
     return _BUG
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: Python's, a GPU's (torch names its error so), or torch's on a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def one_line(what: object) -> str:

@@ -86,7 +86,8 @@ def session_show(name: Name, json: options.AsJson = False) -> None:
         return
     output.write(f"{name}, {output.size(about['bytes'])} in {store.root / name}\n")
     output.write(f"saved {_when(about['saved'])}, made {_when(about['created'])}\n")
-    output.write(f"attention {about['attention']}, numbers {about['dtype']}, model {about['model']}\n")
+    kept = "".join(f", {key} {about[key]}" for key in ("prefill", "kv") if about[key] is not None)
+    output.write(f"attention {about['attention']}{kept}, numbers {about['dtype']}, model {about['model']}\n")
     read = "all" if about["complete"] else f"{about['tokens_read']:,}"
     output.write(
         f"{read} of {about['tokens']:,} tokens read, {output.counted(about['turns'], 'question')} remembered\n"
@@ -109,7 +110,7 @@ def session_rm(
     if not store.exists(name):
         store.show(name)  # raises, listing those that are
     if not yes:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise UsageError(f"removing {name!r} is for good: confirm with --yes")
         if not typer.confirm(f"Remove the session {name} for good?", err=True):
             output.say("longspan: nothing was removed")
@@ -230,6 +231,8 @@ def _session_json(info: SessionInfo) -> dict[str, Any]:
         "complete": read >= tokens,
         "turns": len(state.get("turns", [])),
         "attention": info.identity.get("attention"),
+        "prefill": info.identity.get("prefill"),
+        "kv": info.identity.get("kv"),
         "dtype": info.identity.get("dtype"),
         "model": info.identity.get("model"),
         "problem": info.problem,

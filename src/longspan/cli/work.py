@@ -38,12 +38,22 @@ def read_files(paths: Sequence[str], progress: Progress) -> Reading:
     return reading
 
 
+def prose_of(paths: Sequence[str] | None, progress: Progress) -> str:
+    """Return the text of these paths for an eval; without any, the Python language reference."""
+    if not paths:
+        from longspan.evals.haystack import prose
+
+        return prose()
+    return "\n\n".join(document.text for document in read_files(paths, progress).documents)
+
+
 def check_session(name: str | None, has_documents: bool, *, needs_documents: bool) -> None:
     """Refuse early, before a model is loaded, what can't work with this session.
 
     Raises:
         UsageError: a name that can't be one; nothing to ask.
         SessionCorruptError: it is damaged.
+        SaveError: what is read could not be saved.
     """
     from longspan.sessions.store import SessionStore
 
@@ -55,6 +65,8 @@ def check_session(name: str | None, has_documents: bool, *, needs_documents: boo
             )
         return
     store = SessionStore()
+    if has_documents or not needs_documents:  # a chat keeps its questions in any case
+        store.check_writable(name)
     if store.exists(name):
         store.show(name)
     elif needs_documents and not has_documents:
@@ -73,6 +85,7 @@ def load(
     prefill: str | None = None,
     kv: str = "auto",
     kv_budget: str | None = None,
+    quote: bool = True,
 ) -> LLM:
     """Load the model (errors as `LLM`)."""
     from longspan import settings
@@ -82,7 +95,7 @@ def load(
     progress.busy(f"loading {model or settings.default_model()}")
     from longspan.engine.llm import LLM
 
-    return LLM(model, attention, device, prefill=prefill, kv=kv, kv_budget=limit, say=progress.say)
+    return LLM(model, attention, device, prefill=prefill, kv=kv, kv_budget=limit, quote=quote, say=progress.say)
 
 
 def add(llm: LLM, session: Session, documents: Sequence[Document], progress: Progress) -> bool:

@@ -1,6 +1,7 @@
 """What a model remembers of a context between calls, and how tokens are added to it.
 
-A context grows chunk by chunk: a chunk is added wholly or, if anything interrupts it, not at all. Two kinds:
+A context grows chunk by chunk: a chunk is added wholly or, if anything interrupts it, not at all; pages and recurrent
+states (`recurrence.py`) have always read the same tokens. Two kinds:
 `kv_context.py` keeps every layer's keys and values, `index_context.py` only what finds the pages to read again. They do
 not know documents, questions or templates.
 """
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longspan.attention import Mechanism
+from longspan.attention import Mechanism, make
+from longspan.engine.recurrence import Recurrence
 from longspan.hf.model import CausalModel
 from longspan.kv.base import BLOCK, PAGE
 from longspan.kv.budget import Budget
@@ -29,8 +32,49 @@ Tick = Callable[[int], None]
 """Told how many tokens were just read."""
 
 
+class Layer(Protocol):
+    """What a context asks of one layer's memory, whatever it holds: `PagedKV`, `KeptKV`."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the context, whatever is held of them."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this context refers to."""
+        ...
+
+    def commit(self) -> None:
+        """Say that the tokens so far were read for good."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        ...
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give back what is held of the tokens `start .. stop - 1`, which nothing reads any more."""
+        ...
+
+    def free(self) -> None:
+        """Give everything back."""
+        ...
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return what `restore` takes."""
+        ...
+
+    def restore(self, prefix: str, length: int, tensors: dict[str, Tensor]) -> None:
+        """Hold what `tensors` returned, for a context of `length` tokens."""
+        ...
+
+
 class Context(ABC):
     """Tokens that a model has read."""
+
+    recurrence: Recurrence
+    """The states of the layers that do not attend."""
 
     def __init__(self, model: CausalModel, mechanism: Mechanism) -> None:
         """Start empty."""
@@ -60,21 +104,30 @@ class Context(ABC):
         """Read more tokens for good, in chunks; what the mechanism will never read again is dropped."""
         done = 0
         while done < len(tokens):
-            # Chunks end where blocks and pages do, whatever was read before them.
-            size = self.chunk - self.length % self.chunk
-            chunk = list(tokens[done : done + size])
+            chunk = list(tokens[done : done + self._most()])
             self._add(chunk, mechanism=self.reads_by(self.length + len(chunk)))
             self._commit()
             self._drop()
             done += len(chunk)
             tick(len(chunk))
+        self._finish()
+
+    def _most(self) -> int:
+        """Return how many tokens the next chunk may hold: it ends where blocks and pages do, however many were read."""
+        return self.recurrence.most(self.chunk - self.length % self.chunk)
+
+    def _finish(self) -> None:
+        """Do what is to be done when all documents so far were read."""
+        return
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read tokens that may be taken back (`truncate`) and return float32 logits `[V]` for the next one."""
         out: Tensor | None = None
-        for start in range(0, len(tokens), self.chunk):
-            stop = start + self.chunk
-            out = self._add(list(tokens[start:stop]), logits=int(stop >= len(tokens)))
+        done = 0
+        while done < len(tokens):
+            chunk = list(tokens[done : done + self.recurrence.most(self.chunk)])
+            done += len(chunk)
+            out = self._add(chunk, logits=int(done == len(tokens)))
         assert out is not None, "step() needs at least one token"
         return out[-1]
 
@@ -84,8 +137,10 @@ class Context(ABC):
         All of them at once in memory: for a few hundred tokens.
         """
         parts = []
-        for start in range(0, len(tokens), self.chunk):
-            chunk = list(tokens[start : start + self.chunk])
+        done = 0
+        while done < len(tokens):
+            chunk = list(tokens[done : done + self.recurrence.most(self.chunk)])
+            done += len(chunk)
             parts.append(self._add(chunk, logits=len(chunk)))
         assert parts and all(part is not None for part in parts), "score() needs tokens and a context with logits"
         return torch.cat([part for part in parts if part is not None])
@@ -99,12 +154,28 @@ class Context(ABC):
         """
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
+        """Forget the tokens from `length` on.
+
+        A recurrent state can't be run backwards: where none was kept at `length` (there is one where documents end),
+        tokens are read again from the newest one before it. Interrupted in that, the context is shorter than `length`.
+        """
         with Undisturbed():
-            for kv in self._layers():
-                # A layer that an interrupted chunk did not reach is shorter already.
-                kv.truncate(min(length, kv.length))
-            del self.tokens[length:]
+            committed = self.recurrence.committed
+            start = self.recurrence.truncate(length)
+            again = self.tokens[start:length]
+            self._cut(start)
+        documents = max(0, committed - start)
+        if again[:documents]:
+            self.extend(again[:documents])
+        if again[documents:]:
+            self.step(again[documents:])
+
+    def _cut(self, length: int) -> None:
+        """Forget the tokens from `length` on, at which a state was kept."""
+        for kv in self._layers():
+            # A layer that an interrupted chunk did not reach is shorter already.
+            kv.truncate(min(length, kv.length))
+        del self.tokens[length:]
 
     @abstractmethod
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
@@ -126,8 +197,8 @@ class Context(ABC):
         """Read one chunk, wholly or not at all, by this context's mechanism or another."""
 
     @abstractmethod
-    def _layers(self) -> Sequence[PagedKV]:
-        """Every layer's pages."""
+    def _layers(self) -> Sequence[Layer]:
+        """Every layer's memory."""
 
     def free(self) -> None:
         """Forget everything, and give every page back to whoever shares the pools; forks keep theirs."""
@@ -139,6 +210,13 @@ class Context(ABC):
         with Undisturbed():
             for kv in self._layers():
                 kv.commit()
+            self.recurrence.commit()
+
+    def _count(self, chunk: list[int], state: dict[str, Tensor]) -> None:
+        """Count a chunk as read that every layer has read; from then on an interruption does not take it back."""
+        with Undisturbed():
+            self.recurrence.take(self.length + len(chunk), state)
+            self.tokens.extend(chunk)
 
     def dropped(self, length: int) -> tuple[int, int]:
         """Return the tokens `start .. stop - 1` that nothing reads any more at a context of `length`."""
@@ -146,13 +224,27 @@ class Context(ABC):
 
     def _drop(self) -> None:
         with Undisturbed():
+            start, stop = self.dropped(self.length)
             for kv in self._layers():
-                kv.drop(*self.dropped(self.length))
+                kv.drop(start, stop)
+            if start < stop:
+                self.recurrence.shrink(0)  # behind an older state, keys are missing that would be read again
 
 
 def kv_head(model: CausalModel, head: Head) -> int:
     """Return the KV head that a query head (layer, head) reads."""
     return head[1] // (model.dimensions.query_heads // model.dimensions.kv_heads)
+
+
+def newest(model: CausalModel, window: int, sinks: int = 4) -> Mechanism:
+    """Return what reads documents where dense attention can't: sinks and a window, at positions that were trained.
+
+    Args:
+        model: whose trained length holds both.
+        window: newest keys that a query sees, where the trained length allows so many.
+        sinks: first keys that every query sees.
+    """
+    return make("streaming", window=max(1, min(window, model.dimensions.window - sinks)), sinks=sinks)
 
 
 def paged(
@@ -187,7 +279,7 @@ def paged(
     return PagedKV(pool, model.rotary, budget)
 
 
-def restore_layers(layers: Sequence[PagedKV], length: int, tensors: dict[str, Tensor]) -> None:
+def restore_layers(layers: Sequence[Layer], length: int, tensors: dict[str, Tensor]) -> None:
     """Hold every layer's saved pages (SessionCorruptError, PoolExhaustedError: as `PagedKV.restore`)."""
     for i, kv in enumerate(layers):
         kv.restore(f"{i}.", length, tensors)

@@ -64,7 +64,7 @@ class Answer:
     citations: list[Citation]
     stats: Stats
     finish_reason: str
-    """`stop`: the model ended it, or a stop string did; `length`: max_tokens; `cancelled`."""
+    """`stop`: the model ended it, or a stop string did; `length`: max_tokens or a full window; `cancelled`."""
     attention: str
     model: str
     pages: list[int] = field(default_factory=list)
@@ -74,7 +74,11 @@ class Answer:
     read_again: list[str] = field(default_factory=list)
     """The sentences or passages that retrieval read again, best first."""
     quote: str = ""
-    """What was added to `text` because the model's own words were not in what it read; empty: nothing was."""
+    """What was added to `text` because the model's own words were not in what it read again or, where it read nothing
+    again, in the passages cited; empty: nothing was."""
+    stopped_by: str = ""
+    """What `finish_reason` does not tell apart: `end` (the model ended it), `string` (a stop string), `length`,
+    `cancelled`."""
 
     @property
     def own_words(self) -> str:
@@ -135,7 +139,7 @@ def decode(
     stats, logits = answer.stats, first
     limit = min(params.max_tokens, room)
     history: list[int] = []
-    answer.finish_reason = "length"
+    answer.finish_reason = answer.stopped_by = "length"
     since = time.perf_counter()
     try:
         while len(history) < limit:
@@ -144,7 +148,7 @@ def decode(
                 stats.first_token_seconds = time.perf_counter() - started
                 since = time.perf_counter()
             if token in model.end_tokens:
-                answer.finish_reason = "stop"
+                answer.finish_reason, answer.stopped_by = "stop", "end"
                 break
             history.append(token)
             stats.decoded_tokens, stats.decode_seconds = len(history), time.perf_counter() - since
@@ -153,14 +157,15 @@ def decode(
                 answer.text += piece
                 yield piece
             if stream.stopped is not None:
-                answer.finish_reason = "stop"
                 break
             if len(history) < limit:
                 logits = step([token])
     except BaseException:
-        answer.finish_reason = "cancelled"
+        answer.finish_reason = answer.stopped_by = "cancelled"
         raise
     rest = stream.finish()
+    if stream.stopped is not None:  # also one that waited for a longer one, whatever came then
+        answer.finish_reason, answer.stopped_by = "stop", "string"
     if rest:
         answer.text += rest
         yield rest

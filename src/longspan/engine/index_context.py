@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention import Mechanism, make
+from longspan.attention import Mechanism
 from longspan.attention.retrieval import Retrieval
-from longspan.engine.contexts import Context, Tick, kv_head, paged, restore_layers
+from longspan.engine.contexts import Context, Tick, kv_head, newest, paged, restore_layers
+from longspan.engine.recurrence import Recurrence
 from longspan.errors import SessionCorruptError
 from longspan.hf.attention import Enough
 from longspan.hf.model import CausalModel
@@ -28,11 +29,12 @@ class IndexContext(Context):
 
     def __init__(self, model: CausalModel, mechanism: Retrieval, heads: RetrievalHeads) -> None:
         """Start empty. Layers above the highest retrieval head are never run."""
-        super().__init__(model, make("streaming", window=mechanism.window, sinks=mechanism.sinks))
+        super().__init__(model, newest(model, mechanism.window, mechanism.sinks))
         self.wanted, self.heads = mechanism, heads
         self.slots = sorted({(layer, kv_head(model, (layer, head))) for layer, head in heads.heads})
         self.last = max(layer for layer, _ in self.slots)
         self.layers = [paged(model) for _ in range(self.last)]
+        self.recurrence = Recurrence(model.states_before(self.last), self.layers, self.chunk)
         # Half precision holds a key well enough to rank pages, and the keys are most of what a session stores.
         kept = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
         self.index = torch.empty(len(self.slots), 0, model.dimensions.head_dim, dtype=kept, device=model.device)
@@ -47,6 +49,7 @@ class IndexContext(Context):
         other = copy.copy(self)
         other.tokens, other.index = list(self.tokens), self.index[:, : self.length].clone()
         other.layers = [kv.fork() for kv in self.layers]
+        other.recurrence = self.recurrence.fork()
         return other
 
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
@@ -55,7 +58,7 @@ class IndexContext(Context):
         before = self.length
         reader = _Indexing(self, keep=False)
         try:
-            self.model.forward(question, reader)
+            self.model.forward(question, reader, state=self.recurrence.state())
         finally:
             self.truncate(before)
         keys = {
@@ -73,7 +76,7 @@ class IndexContext(Context):
         kept = {"index": self.index[:, : self.length]}
         for i, kv in enumerate(self.layers):
             kept.update(kv.tensors(f"{i}."))
-        return kept
+        return {**kept, **self.recurrence.tensors()}
 
     def restore(self, tokens: Sequence[int], tensors: dict[str, Tensor]) -> None:
         """See `Context`."""
@@ -81,6 +84,7 @@ class IndexContext(Context):
         wanted = (len(self.slots), len(tokens), self.index.shape[-1])
         if index is None or tuple(index.shape) != wanted:
             raise SessionCorruptError("the saved index does not fit its tokens: remove the session and read again")
+        self.recurrence.restore(len(tokens), tensors, self.model.device)
         restore_layers(self.layers, len(tokens), tensors)
         self.index = index.to(self.index)
         self.tokens = list(tokens)
@@ -88,11 +92,13 @@ class IndexContext(Context):
     def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
         before = self.length
         self._reserve(before + len(chunk))
+        state = self.recurrence.state()
         try:
-            self.model.forward(chunk, _Indexing(self, keep=True))
-            self.tokens.extend(chunk)
+            self.model.forward(chunk, _Indexing(self, keep=True), state=state)
+            self._count(chunk, state)
         except BaseException:
-            self.truncate(before)
+            if self.length == before:
+                self.truncate(before)
             raise
         return None
 

@@ -9,21 +9,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longspan.attention import Hints, Mechanism, make
+from longspan.attention import Hints, Mechanism, Shape, make
 from longspan.attention.rebalance import PageMass, rebalance
-from longspan.engine.contexts import Context, Tick, kv_head, paged, restore_layers
+from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
+from longspan.engine.kept_layers import KeptLayers
+from longspan.engine.recurrence import SHARE, Recurrence
 from longspan.errors import PoolExhaustedError, UsageError
-from longspan.hf.attention import Enough
+from longspan.hf.attention import Enough, Reader
 from longspan.hf.model import CausalModel
+from longspan.hf.trained import Trained
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget, size
+from longspan.kv.memory import LayerMemory
 from longspan.kv.pages import PagedKV
 from longspan.kv.undisturbed import Undisturbed
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
 
 PREFILL_WINDOW = 1024
-"""Newest keys that a query of a document sees beyond the trained length where no prefill was chosen."""
+"""Newest keys, as far as the trained length holds them, that a query of a document sees beyond that length where no
+prefill was chosen."""
 
 
 class KVContext(Context):
@@ -46,22 +51,33 @@ class KVContext(Context):
             mechanism: by what queries attend.
             prefill: by what documents are read; see `prefill`.
             kv_format: format of full pages (`kv.formats.names()`); None: the model's number type.
-            budget: bytes that all layers' pages may take together; None: no limit.
+            budget: bytes that all layers' pages and recurrent states may take together; None: no limit.
             summaries: which summaries pages keep up to date; None: those that the mechanism reads.
 
         Raises:
             UnknownNameError, UsageError: no such format, or one that does not suit the model's number type.
-            UsageError: a budget below one page a layer.
+            UsageError: a budget below one page a layer and two recurrent states.
         """
         super().__init__(model, mechanism)
+        if mechanism.evicts and prefill not in (None, mechanism):
+            raise UsageError(
+                f"{mechanism.name} forgets keys while it reads, and must read documents itself: leave out --prefill"
+            )
         kinds = mechanism.summaries if summaries is None else tuple(summaries)
         self.budget = Budget() if budget is None else budget
+        self.kept = KeptLayers.of(model, mechanism, kv_format, self.budget)
+        """Every layer's memory where keys are evicted; None: `layers` holds it."""
         self.layers = [
-            paged(model, kv_format, self.budget, kinds, mechanism.block) for _ in range(model.dimensions.layers)
+            paged(model, kv_format, self.budget, kinds, mechanism.block)
+            for _ in range(model.dimensions.layers if self.kept is None else 0)
         ]
+        self.recurrence = Recurrence(model.state_spec, self.layers, self.chunk, self.budget)
+        states = 2 * self.recurrence.state_bytes
         self.budget.require(
-            sum(kv.pool.least_bytes for kv in self.layers), f"one page for each of {len(self.layers)} layers"
+            sum(kv.pool.least_bytes for kv in self.layers) + states,
+            f"one page for each of {len(self.layers)} layers" + (" and two recurrent states" if states else ""),
         )
+        self.attend_by(mechanism)
         self._committed = 0
         self._masses: list[PageMass] = []
         """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
@@ -71,6 +87,11 @@ class KVContext(Context):
                 kv.mass = mass
         self.hints = Hints()
         """What the mechanism is told at the next step: the pages chosen for a question."""
+        if prefill not in (None, mechanism) and any(self._remembers(one) for one in (mechanism, prefill)):
+            raise UsageError(
+                f"{mechanism.name} and --prefill {prefill.name} can't go together: what remembers by more than keys "
+                "and values must read documents and questions alike: leave out --prefill"
+            )
         if prefill is not None and mechanism.bounded_memory and not prefill.bounded_memory:
             raise UsageError(
                 f"{mechanism.name} drops what --prefill {prefill.name} would have to read: leave out --prefill, or "
@@ -84,6 +105,28 @@ class KVContext(Context):
         self.prefill = prefill
         """By what documents are read; None: by the mechanism, or as `reads_by` says where that only decodes."""
 
+    @property
+    def chunk(self) -> int:
+        """See `Context`."""
+        return super().chunk if self.kept is None else min(super().chunk, self.kept.chunk)
+
+    def attend_by(self, mechanism: Mechanism) -> None:
+        """Attend by another mechanism from now on; everything that it reads must still be held."""
+        assert mechanism.evicts == (self.kept is not None), "what evicts needs a context of its own"
+        self.mechanism = mechanism
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        for i, kv in enumerate(self.layers):
+            if kv.memory is not None:
+                kv.memory.truncate(0)
+            shapes = self._remembers(mechanism, i)
+            kv.memory = LayerMemory(mechanism, shapes, dtype, kv.pool.device, kv.budget) if shapes else None
+
+    def _remembers(self, mechanism: Mechanism, layer: int = 0) -> dict[str, tuple[int, ...]]:
+        """Return what a mechanism keeps of a layer beside keys and values."""
+        pool = self.layers[layer].pool
+        sizes = Shape(self.model.dimensions.query_heads, pool.kv_heads, pool.dims["k"], pool.dims["v"])
+        return mechanism.memory(sizes)
+
     def reads_by(self, stop: int) -> Mechanism:
         """See `Context`. What chooses in decode only reads densely up to the trained length, by a window beyond."""
         if self.prefill is not None:
@@ -92,11 +135,13 @@ class KVContext(Context):
             return self.mechanism
         if stop > self.model.dimensions.window or self._adapts or any(kv.readable() is not None for kv in self.layers):
             # Beyond the trained length; or where pages are, or may be, held as summaries that only it does not need.
-            return _newest()
+            return newest(self.model, PREFILL_WINDOW)
         return make("dense")
 
     def dropped(self, length: int) -> tuple[int, int]:
         """See `Context`: what reads documents may look further back than what answers."""
+        if self.kept is not None:
+            return (0, length)  # each head forgets others, and what was learned of any token can't be taken back
         start, stop = self.mechanism.dropped(length)
         if self.prefill is not None:
             first, last = self.prefill.dropped(length)
@@ -106,12 +151,19 @@ class KVContext(Context):
     @property
     def nbytes(self) -> int:
         """See `Context`."""
-        return sum(kv.nbytes for kv in self.layers)
+        return sum(kv.nbytes for kv in self._layers()) + self.recurrence.nbytes
 
     @property
     def beyond_window(self) -> bool:
         """Whether positions stay within what the model was trained on, however long the context."""
         return self.mechanism.beyond_window and (self.prefill is None or self.prefill.beyond_window)
+
+    @property
+    def window_taken(self) -> int:
+        """Positions of the model's window that are not left for a question and its answer."""
+        if self.kept is not None:
+            return self.kept.held
+        return 0 if self.beyond_window else self.length
 
     @property
     def _adapts(self) -> bool:
@@ -127,9 +179,12 @@ class KVContext(Context):
         """
         spent, left = sum(kv.nbytes for kv in self.layers), self.budget.left
         assert left is not None, "only a limited budget is settled"
+        if self.recurrence.state_bytes:
+            self.recurrence.shrink(SHARE * (spent + left))
+            left = (self.budget.left or 0) - self.recurrence.state_bytes
         pages = -(-(self.length + new) // PAGE)
         # Documents and questions may be read by different mechanisms: what either of them reads exactly stays.
-        readers = (self.mechanism, self.prefill or _newest())
+        readers = (self.mechanism, self.prefill or newest(self.model, PREFILL_WINDOW))
         sinks = max(int(getattr(reader, "sinks", 0)) for reader in readers)
         window = max(int(getattr(reader, "window", 0)) for reader in readers)
         # What may be taken back must stay, and a window's first page may be cut.
@@ -164,9 +219,11 @@ class KVContext(Context):
             budget = own if own.parent is None else Budget(own.limit, own.name, own.parent)
         other = copy.copy(self)
         other.tokens, other.budget, other.layers = list(self.tokens), budget, []
+        other.recurrence = self.recurrence.fork(budget)
         try:
             for kv in self.layers:
                 other.layers.append(kv.fork(budget))
+            other.kept = None if self.kept is None else self.kept.fork(budget)
             other._masses = copy.deepcopy(self._masses)
             for kv, mass in zip(other.layers, other._masses, strict=False):
                 kv.mass = mass
@@ -179,13 +236,15 @@ class KVContext(Context):
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
         """See `Context`."""
         before = self.length
-        asked = _Asked(self.layers, self.mechanism, heads, self.hints)
+        asked = _Asked(self._reader(self.mechanism, for_good=False), heads)
         if self._adapts:
             self._settle(len(question))
         try:
-            self.model.forward(question, asked)
+            self.model.forward(question, asked, state=self.recurrence.state())
         finally:
             self.truncate(before)
+        if self.kept is not None:
+            return self.kept.mass(asked.queries, heads, before)
         start, stop = self.dropped(before)
         # The first page that is held whole again; nothing before it is asked for.
         first = min(-(-stop // PAGE) * PAGE, before) if stop > start else 0
@@ -197,11 +256,13 @@ class KVContext(Context):
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Context`."""
-        return {name: tensor for i, kv in enumerate(self.layers) for name, tensor in kv.tensors(f"{i}.").items()}
+        pages = {name: tensor for i, kv in enumerate(self._layers()) for name, tensor in kv.tensors(f"{i}.").items()}
+        return {**pages, **self.recurrence.tensors()}
 
     def restore(self, tokens: Sequence[int], tensors: dict[str, Tensor]) -> None:
         """See `Context`."""
-        restore_layers(self.layers, len(tokens), tensors)
+        self.recurrence.restore(len(tokens), tensors, self.model.device)
+        restore_layers(self._layers(), len(tokens), tensors)
         self.tokens = list(tokens)
         self._committed = self.length
         if not self.budget.limited:
@@ -211,20 +272,28 @@ class KVContext(Context):
 
     def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
         before = self.length
-        reader = _Attending(self.layers, mechanism or self.mechanism, self.hints)
+        reader = self._reader(mechanism or self.mechanism, for_good=mechanism is not None)
+        if self.kept is not None and mechanism is not None:
+            self._commit()  # an interruption may have come between reading and this
+            self.kept.make_room(before, len(chunk), self.chunk)
         if self._adapts:
             self._settle(len(chunk))
+        else:
+            # Checkpoints give way to pages; each layer may have to copy the page that it shares with a fork.
+            new = -(-(before + len(chunk)) // PAGE) - -(-before // PAGE) + 1
+            self.recurrence.make_room(new * sum(kv.pool.least_bytes for kv in self.layers))
+        state = self.recurrence.state()
         try:
-            out = self.model.forward(chunk, reader, logits=logits)
-            self.tokens.extend(chunk)
+            out = self.model.forward(chunk, reader, logits=logits, state=state)
+            self._count(chunk, state)
         except BaseException:
-            self.truncate(before)
+            if self.length == before:
+                self.truncate(before)
             raise
         return out
 
-    def truncate(self, length: int) -> None:
-        """See `Context`."""
-        super().truncate(length)
+    def _cut(self, length: int) -> None:
+        super()._cut(length)
         self._committed = min(self._committed, length)
         for mass in self._masses:
             mass.truncate(length // PAGE)
@@ -233,29 +302,44 @@ class KVContext(Context):
         super()._commit()
         self._committed = self.length
 
-    def _layers(self) -> Sequence[PagedKV]:
-        return self.layers
+    def _layers(self) -> Sequence[Layer]:
+        return self.layers if self.kept is None else self.kept.layers
+
+    def _most(self) -> int:
+        most = super()._most()
+        return most if self.kept is None else min(most, self.kept.next_stop(self.length) - self.length)
+
+    def _finish(self) -> None:
+        if self.kept is not None:
+            self._commit()
+            self.kept.finish(self.length, self.chunk)
+
+    def _reader(self, mechanism: Mechanism, *, for_good: bool) -> Reader:
+        """Return what happens in every layer when tokens are read, documents' or those that are taken back."""
+        if self.kept is not None:
+            return self.kept.reader(learn=for_good)
+        return _Attending(self.layers, mechanism, self.hints, self.model.trained)
 
 
 class _Attending:
     """A reader that appends to every layer's pages and attends by the mechanism."""
 
-    def __init__(self, layers: Sequence[PagedKV], mechanism: Mechanism, hints: Hints) -> None:
-        self.layers, self.mechanism, self.hints = layers, mechanism, hints
+    def __init__(self, layers: Sequence[PagedKV], mechanism: Mechanism, hints: Hints, trained: Trained) -> None:
+        self.layers, self.mechanism, self.hints, self.trained = layers, mechanism, hints, trained
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         kv = self.layers[layer]
         with Undisturbed():
             kv.append(k, v)
-        return self.mechanism.attend(q, kv, scale=scale, hints=replace(self.hints, layer=layer))
+        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
+        return self.mechanism.attend(q, kv, scale=scale, hints=hints)
 
 
-class _Asked(_Attending):
+class _Asked:
     """A reader that also notes the retrieval heads' queries, and stops once it has them all."""
 
-    def __init__(self, layers: Sequence[PagedKV], mechanism: Mechanism, heads: RetrievalHeads, hints: Hints) -> None:
-        super().__init__(layers, mechanism, hints)
-        self.heads = heads
+    def __init__(self, reader: Reader, heads: RetrievalHeads) -> None:
+        self.reader, self.heads = reader, heads
         self.last = max(layer for layer, _ in heads.heads)
         self.queries: dict[Head, Tensor] = {}
 
@@ -265,9 +349,4 @@ class _Asked(_Attending):
                 self.queries[head] = q[0, head[1]].float() * scale
         if layer == self.last:
             raise Enough
-        return super().attend(layer, q, k, v, scale)
-
-
-def _newest() -> Mechanism:
-    """Return what reads documents where dense attention can't: sinks and a window."""
-    return make("streaming", window=PREFILL_WINDOW)
+        return self.reader.attend(layer, q, k, v, scale)

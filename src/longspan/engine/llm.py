@@ -20,7 +20,7 @@ import torch
 from longspan import settings
 from longspan.attention import Hints, Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
-from longspan.engine import prompts, rereading, saving
+from longspan.engine import prompts, quoting, rereading, saving
 from longspan.engine.choosing import Chooser, Chosen
 from longspan.engine.contexts import Context
 from longspan.engine.generation import Answer, Generation, Stats, decode
@@ -37,13 +37,19 @@ from longspan.retrieval.calibrate import calibrate
 from longspan.retrieval.documents import Reading, read_documents
 from longspan.retrieval.heads import RetrievalHeads
 from longspan.sessions.session import Session, Turn
-from longspan.sessions.store import SessionStore
+from longspan.sessions.store import JSON, SessionStore
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many tokens are done, and how many there are."""
 
 _AUTO = "auto"
 _CITED = 4
+_LETTERS = 8
+"""Characters that a token has at most in all but odd texts."""
+_INDEX_ALONE = (
+    "retrieval keeps no keys and values but its index: leave out --prefill, --kv and --kv-budget, or give an attention "
+    "that keeps them, such as --attention quest"
+)
 
 
 class LLM:
@@ -57,8 +63,9 @@ class LLM:
         dtype: torch.dtype | None = None,
         *,
         prefill: str | Mechanism | None = None,
-        kv: str = _AUTO,
+        kv: str = formats.AUTO,
         kv_budget: int | None = None,
+        quote: bool = True,
         store: SessionStore | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -74,6 +81,7 @@ class LLM:
                 where that chooses for answers only.
             kv: how keys and values are kept: `fp32`, `fp16`, `bf16`, `fp8`; `auto`: as the model computes.
             kv_budget: bytes that the keys and values of all sessions may take together; None: no limit.
+            quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
             store: where sessions are saved; None: the user's folder.
             say: told in a line what takes long.
 
@@ -84,20 +92,27 @@ class LLM:
         """
         chosen = None if attention in (None, _AUTO) else parse(attention)
         self.prefill_by = None if prefill is None else parse(prefill)
+        self._keeps_as_asked = prefill is not None or kv != formats.AUTO or kv_budget is not None
+        if self._keeps_as_asked and _reads_again(chosen):
+            raise UsageError(_INDEX_ALONE)
         if (count := settings.threads()) is not None:
             torch.set_num_threads(count)
         name = model or settings.default_model()
         self.model = load(name, device=device, dtype=dtype, say=say) if isinstance(name, str) else name
         self.attention: Mechanism | None = chosen
-        self._kv_format = None if kv == _AUTO else kv
+        self._kv_format = None if kv == formats.AUTO else kv
         if self._kv_format is not None:
             formats.format_of(self._kv_format, self.model.dtype)
         self.kv_budget = Budget(kv_budget, "KV")
+        self.quote = quote
         self.store = store or SessionStore()
         self._say = say
         self._heads: RetrievalHeads | None = None
         self._headless = False
         self._chooser = Chooser(self.model)
+        if not _reads_again(chosen):
+            # Options that do not go together are refused now, not after documents were read.
+            self.new_context(chosen or make("dense"))
 
     # --- sessions ---------------------------------------------------------------------------------------------
 
@@ -106,14 +121,14 @@ class LLM:
 
         Raises:
             UsageError: a name that can't be one.
-            SessionMismatchError: it was made with another model or attention.
+            SessionMismatchError: it was made with another model, attention, prefill or format of keys and values.
             SessionCorruptError: its files are damaged.
         """
         if name is None:
             return Session()
         if not self.store.exists(name):
             return Session(name)
-        saved = self.store.load(name, saving.identity(self.model, self._attention_name()))
+        saved = self.store.load(name, self._identity())
         session = Session.from_saved(saved)
         saving.restore_memory(session, saved, self.new_context)
         return session
@@ -141,7 +156,7 @@ class LLM:
         """Save a session that has a name (SaveError: nothing that was saved before is lost)."""
         if session.name is None:
             raise UsageError("a session without a name can't be saved: call llm.session(NAME)")
-        saving.save(self.store, session, saving.identity(self.model, self._attention_name()), self.model.name)
+        saving.save(self.store, session, self._identity(), self.model.name)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -160,9 +175,9 @@ class LLM:
             Cancelled: Ctrl-C; what was read so far stays in the session.
         """
         reading, before = read_documents(paths, stdin=stdin), len(session.documents)
-        for document in reading.documents:
-            self.add_text(session, document.text, document.name)
         try:
+            for document in reading.documents:
+                self.add_text(session, document.text, document.name)
             self.prefill(session, progress)
         except Cancelled:
             raise
@@ -185,9 +200,18 @@ class LLM:
         session.saved_length = -1
 
     def add_text(self, session: Session, text: str, name: str = "text") -> None:
-        """Add a text to a session without prefilling it yet; one that it holds already, by any name, is left out."""
+        """Add a text to a session without prefilling it yet; one that it holds already, by any name, is left out.
+
+        Raises:
+            UsageError: a text so long that retrieval would read it, which can't keep it as was asked for.
+        """
         if session.has(text):
             return
+        if self.attention is None and self._keeps_as_asked:
+            # A beginning is enough: splitting all of a long text into tokens takes minutes.
+            beginning = self.model.tokens(text[: _LETTERS * self.model.dimensions.window])
+            if not self._fits(len(session.tokens) + len(beginning)):
+                raise UsageError(f"{name} is longer than {self.model.name}'s window, and beyond it {_INDEX_ALONE}")
         tokens, offsets = self.model.tokens_with_offsets(text)
         session.add_document(name, text, tokens, offsets, prompts.separator(self.model, name))
 
@@ -228,8 +252,11 @@ class LLM:
         """Return the mechanism for this session's documents."""
         if self.attention is not None:
             return self.attention
-        fits = len(session.tokens) + 2 * rereading.ANSWER_ROOM <= self.model.dimensions.window
-        return make("dense") if fits else make("retrieval")
+        return make("dense") if self._fits(len(session.tokens)) else make("retrieval")
+
+    def _fits(self, tokens: int) -> bool:
+        """Return whether documents of so many tokens leave room in the window for a question and its answer."""
+        return tokens + 2 * rereading.ANSWER_ROOM <= self.model.dimensions.window
 
     def heads(self, progress: Progress | None = None) -> RetrievalHeads:
         """Return the model's retrieval heads, calibrating it first if that was never done."""
@@ -238,7 +265,10 @@ class LLM:
         if self._heads is None:
             self._say(f"looking for the retrieval heads of {self.model.name} (once)")
             self._heads = calibrate(self.model, progress)
-            heads_store.store(self.model.fingerprint, self._heads, {"model": self.model.name})
+            try:
+                heads_store.store(self.model.fingerprint, self._heads, {"model": self.model.name})
+            except ModelError as error:  # found all the same: this process can work with them
+                self._say(f"{error}: the next call looks for them again")
         return self._heads
 
     # --- answering --------------------------------------------------------------------------------------------
@@ -284,6 +314,7 @@ class LLM:
         self._check_question(question, bool(session.documents))
         mechanism = self.mechanism_for(session) if session.documents else self._without_documents()
         answer = Answer("", [], Stats(), "", mechanism.describe(), self.model.name)
+        answer.notes += self.model.trained.lacks(mechanism, self.model.name)
         return Generation(answer, self._answer(question, session, params, answer, progress, remember, started))
 
     def choose(self, question: str, session: Session) -> Chosen:
@@ -333,17 +364,14 @@ class LLM:
             context: Context = session.memory
             chosen = self.choose(question, session)
             answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
+            best = chosen.clear(session, quoting.MOST)
             if isinstance(context, IndexContext):
                 wanted = context.wanted
                 prompt, answer.read_again = rereading.prompt_again(self.model, wanted, session, chosen, question)
                 scratch = KVContext(self.model, make("dense"))
                 yield from self._write(scratch, prompt, params, answer, started, context.length)
-                if not params.stop:  # nothing may follow where the caller said where to stop
-                    answer.quote = rereading.quotation(wanted, question, answer.text, answer.read_again)
-                if answer.quote:
-                    answer.text += answer.quote
-                    answer.notes.append("the model's own words are not in what it read, so the text is quoted")
-                    yield answer.quote
+                if wanted.focus:
+                    best = answer.read_again
             else:
                 assert isinstance(context, KVContext), "a context is an index or a KV context"
                 context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
@@ -358,6 +386,12 @@ class LLM:
                     yield from self._write(context, suffix, params, answer, started, context.length)
                 finally:
                     context.hints = Hints()
+            if self._quotes(context) and not params.stop:  # nothing may follow where the caller said where to stop
+                answer.quote, note = quoting.quotation(question, answer, best)
+                if answer.quote:
+                    answer.text += answer.quote
+                    answer.notes.append(note)
+                    yield answer.quote
         if remember:
             session.turns.append(Turn(question, answer.text.strip()))
 
@@ -372,9 +406,9 @@ class LLM:
     ) -> Iterator[str]:
         """Read a prompt after a context, write the answer, and take both back."""
         before, stats = context.length, answer.stats
-        bounded = context.beyond_window
-        room = self.model.dimensions.window - len(prompt) - (0 if bounded else before)
-        if room < 1 and not bounded:
+        taken = context.window_taken
+        room = self.model.dimensions.window - len(prompt) - taken
+        if room < 1 and taken:
             answer.notes.append("the context is longer than the window the model was trained on: expect nonsense")
             room = params.max_tokens
         try:
@@ -388,19 +422,19 @@ class LLM:
 
     # --- parts ------------------------------------------------------------------------------------------------
 
+    def _quotes(self, context: Context) -> bool:
+        """Return whether the text is quoted after an answer that does not rest on it."""
+        mechanism = context_mechanism(context)
+        return self.quote and (mechanism.quote if isinstance(mechanism, Retrieval) else True)
+
     def _without_documents(self) -> Mechanism:
         """Return the mechanism for a conversation without documents: retrieval has nothing to choose from there."""
         named = self.attention
         return make("dense") if named is None or isinstance(named, Retrieval) else named
 
-    def _attention_name(self) -> str:
-        """Return how contexts are read and kept: what a saved session must agree with."""
-        parts = [_AUTO if self.attention is None else self.attention.describe()]
-        if self.prefill_by is not None:
-            parts.append(f"prefill {self.prefill_by.describe()}")
-        if self._kv_format is not None:
-            parts.append(f"kv {self._kv_format}")
-        return ", ".join(parts)
+    def _identity(self) -> dict[str, JSON]:
+        """Return what a saved session must agree with."""
+        return saving.identity(self.model, self.attention, self.prefill_by, self._kv_format)
 
     def _memory(self, session: Session, mechanism: Mechanism, progress: Progress | None) -> Context:
         """Return the session's context, a new one where the mechanism changed as documents were added."""
@@ -413,12 +447,9 @@ class LLM:
 
     def new_context(self, mechanism: Mechanism, progress: Progress | None = None) -> Context:
         """Return an empty context that attends by a mechanism (calibrating the model if retrieval needs it)."""
-        if isinstance(mechanism, Retrieval) and mechanism.read == "again":
-            if self.prefill_by is not None or self._kv_format is not None or self.kv_budget.limited:
-                raise UsageError(
-                    "retrieval keeps no keys and values but its index: leave out --prefill, --kv and --kv-budget, or "
-                    "give an attention that keeps them, such as --attention quest"
-                )
+        if isinstance(mechanism, Retrieval) and _reads_again(mechanism):
+            if self._keeps_as_asked:
+                raise UsageError(_INDEX_ALONE)
             return IndexContext(self.model, mechanism, self.heads(progress))
         return KVContext(
             self.model,
@@ -445,6 +476,11 @@ class LLM:
                 f"the question has {count} tokens, and {self.model.name}'s window holds {window}, the answer's among "
                 "them: shorten it, or give the long part as a document"
             ) from error
+
+
+def _reads_again(mechanism: Mechanism | None) -> bool:
+    """Return whether a mechanism keeps an index alone and reads again what is chosen by it."""
+    return isinstance(mechanism, Retrieval) and mechanism.read == "again"
 
 
 def context_mechanism(context: Context) -> Mechanism:

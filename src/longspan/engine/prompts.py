@@ -37,6 +37,17 @@ def _around(model: CausalModel, question: str, turns: Sequence[Turn]) -> tuple[s
     return head, rest
 
 
+def bare(model: CausalModel) -> tuple[str, str]:
+    """Return what the model's template puts before and after a user's only message, without words of ours.
+
+    Both are empty for a model without a template.
+    """
+    if not model.tokenizer.chat_template:
+        return "", ""
+    head, _, rest = model.chat([{"role": "user", "content": _DOCUMENTS}]).partition(_DOCUMENTS)
+    return head, rest
+
+
 def search_question(model: CausalModel, question: str) -> list[int]:
     """Return the tokens with which retrieval heads are asked: the question as the text would go on."""
     return model.tokens(f"\n\nQuestion: {question}\nAnswer:")

@@ -1,4 +1,4 @@
-"""What retrieval reads again for an answer, as much of it as fits the window, and whether the answer rests on it.
+"""What retrieval reads again for an answer, as much of it as fits the window.
 
 It does not know how pages and sentences were chosen (`choosing.py`), nor how an answer is written (`generation.py`).
 """
@@ -12,16 +12,10 @@ from longspan.engine import prompts
 from longspan.engine.choosing import Chosen
 from longspan.errors import ContextTooLongError
 from longspan.hf.model import CausalModel
-from longspan.retrieval.grounding import support
 from longspan.sessions.session import Session, Turn
 
 ANSWER_ROOM = 256
 """Tokens that a prompt leaves for the answer."""
-_SHARE = 0.3
-"""Of the best sentence's score that another must have to be read again: second facts that a question needs had 0.45 and
-more in 10 of 12 questions, what stood around a single fact 0.28 and less (docs/experiments.md)."""
-_SUPPORTED = 0.5
-"""Share of an answer's new words that must stand in what was read; below it the text itself is quoted."""
 
 
 def prompt_again(
@@ -33,9 +27,7 @@ def prompt_again(
         ContextTooLongError: not even a part of the best passage fits beside the question.
     """
     if mechanism.focus:
-        bar = _SHARE * chosen.sentences[0].mass if chosen.sentences else 0.0
-        clear = [s for s in chosen.sentences[: mechanism.focus] if s.mass >= bar]
-        best = [session.documents[s.document].text[s.start : s.end] for s in clear]
+        best = chosen.clear(session, mechanism.focus)
         over = prompts.over_sentences
     else:
         best = [citation.text for citation in chosen.citations]
@@ -56,16 +48,6 @@ def prompt_again(
         if _fits(model, prompt):
             return prompt, read
     raise _too_long(model)
-
-
-def quotation(mechanism: Retrieval, question: str, answer: str, read: Sequence[str]) -> str:
-    """Return a quotation of the sentences read, to stand after an answer whose own words are not in them; else ``."""
-    if not (mechanism.quote and mechanism.focus and read):
-        return ""
-    supported = support(answer, question, read)
-    if supported is None or supported >= _SUPPORTED:
-        return ""
-    return "\n\nThe text says: " + " ".join(f"“{' '.join(text.split())}”" for text in read)
 
 
 def fitting(model: CausalModel, options: Iterable[list[int]]) -> list[int]:

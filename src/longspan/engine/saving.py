@@ -1,7 +1,7 @@
 """Saving a session with what the model remembers of it, and restoring both.
 
-What must match on restore is its identity: the model's weights and tokenizer, the attention and its options, the
-number type, and the format of what is kept.
+What must match on restore is its identity: the model's weights and tokenizer, the attention with its options, what
+reads documents (`prefill`), how keys and values are kept (`kv`), the number type, and the format of what is saved.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ FORMAT = 1
 """Changes whenever what is kept changes its meaning."""
 
 
-def identity(model: CausalModel, attention: str) -> dict[str, JSON]:
-    """Return what a saved session must agree with to be continued."""
+def identity(
+    model: CausalModel, attention: Mechanism | None, prefill: Mechanism | None, kv: str | None
+) -> dict[str, JSON]:
+    """Return what a saved session must agree with to be continued; the options are as `LLM` takes them."""
     return {
         "model": model.fingerprint,
         "tokenizer": model.tokenizer_hash,
-        "attention": attention,
+        "attention": "auto" if attention is None else attention.describe(),
+        "prefill": None if prefill is None else prefill.describe(),
+        "kv": kv,
         "dtype": str(model.dtype).removeprefix("torch."),
         "format": FORMAT,
     }

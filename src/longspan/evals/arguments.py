@@ -10,8 +10,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
 from longspan.attention import parse
 from longspan.errors import Cancelled, LongspanError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Number types that a model may compute in, by name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +60,13 @@ def specs_of(text: str, *, auto: bool = False) -> list[str]:
         if not (auto and spec == "auto"):
             parse(spec)
     return specs
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the number type of a name (UsageError: not one of `DTYPES`)."""
+    if name not in DTYPES:
+        raise UsageError(f"unknown number type {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def say(text: str) -> None:

@@ -1,7 +1,8 @@
 """Mechanisms side by side on one text: what reading less costs, at several budgets of keys.
 
 The text is prefilled once a length (densely, or as asked); each mechanism at each budget then goes on from that same
-context, so that what differs is what it reads and nothing else. Measured against dense:
+context, so that what differs is what it reads and nothing else. Who evicts reads the same tokens itself, since what it
+keeps depends on how it reads. Measured against dense:
 
 - perplexity of the text's next tokens, as a ratio;
 - agreement: on dense's own greedy continuation, how often the mechanism's likeliest token is the same;
@@ -14,6 +15,7 @@ A budget is a share of the context's keys. It does not measure prefill, and one 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -150,7 +152,7 @@ def measure(
         specs: see `contenders`.
         budgets: see `contenders`.
         task: what is measured.
-        prefill: by what the contexts are read; None: densely.
+        prefill: by what the contexts are read (but by who evicts); None: densely.
         known: rows of this task that an earlier run measured: they are left out.
         say: told what is being done.
         leave_out: see `contenders`.
@@ -210,29 +212,30 @@ class _Text:
 
     def measure(self, mechanism: Mechanism) -> tuple[float, float, float, float]:
         """Return perplexity of the next tokens, agreement with dense, decode tokens/s, and their ratio to dense's."""
-        context, before = self.context, self.context.length
-        context.mechanism, context.hints = mechanism, self._hints(mechanism)
+        context, before = _reading(self.context, mechanism), self.context.length
+        context.hints = self._hints(mechanism)
         try:
             following = self.task.tokens[self.task.length :]
             logits = context.score([self.last, *following[:-1]])
             wanted = torch.tensor(following, device=logits.device)
             perplexity = math.exp(float(torch.nn.functional.cross_entropy(logits, wanted)))
             context.truncate(before)
-            said, seconds = self._follow()
+            said, seconds = self._follow(context)
         finally:
             context.truncate(before)
-            context.mechanism, context.hints = make("dense"), Hints()
-        _, of_dense = self._follow()
-        context.truncate(before)
+            self.context.attend_by(make("dense"))
+            self.context.hints = Hints()
+        _, of_dense = self._follow(self.context)
+        self.context.truncate(before)
         agreed = sum(a == b for a, b in zip(said, self.continuation, strict=True))
         return perplexity, agreed / len(said), 1 / seconds, of_dense / seconds
 
-    def _follow(self) -> tuple[list[int], float]:
+    def _follow(self, context: KVContext) -> tuple[list[int], float]:
         """Read dense's continuation token by token; return what would be said after each, and the median seconds."""
         said, seconds = [], []
         for token in [self.last, *self.continuation[:-1]]:
             since = time.perf_counter()
-            said.append(int(self.context.step([token]).argmax()))
+            said.append(int(context.step([token]).argmax()))
             seconds.append(time.perf_counter() - since)
         return said, statistics.median(seconds)
 
@@ -281,14 +284,16 @@ class _Needles:
 
     def score(self, mechanism: Mechanism) -> tuple[int, int]:
         """Return how many answers are right, of how many questions."""
-        return sum(self._right(mechanism, *each) for each in self.read), len(self.read)
+        right = 0
+        for read, questions in itertools.groupby(self.read, key=lambda each: each[0]):
+            context = _reading(read, mechanism)
+            right += sum(self._right(context, *each[1:]) for each in questions)
+            read.attend_by(make("dense"))
+        return right, len(self.read)
 
-    def _right(
-        self, mechanism: Mechanism, context: KVContext, question: Question, suffix: list[int], pages: list[int]
-    ) -> bool:
+    def _right(self, context: KVContext, question: Question, suffix: list[int], pages: list[int]) -> bool:
         """Answer greedily from the context as it was read, and stop once the answer is there."""
-        before, model = context.length, self.llm.model
-        context.mechanism = mechanism
+        before, model, mechanism = context.length, self.llm.model, context.mechanism
         context.hints = Hints(chosen_pages=tuple(pages[: mechanism.wanted_pages]))
         try:
             written: list[int] = []
@@ -300,8 +305,18 @@ class _Needles:
                 token = int(context.step([token]).argmax())
         finally:
             context.truncate(before)
-            context.mechanism, context.hints = make("dense"), Hints()
+            context.hints = Hints()
         return False
+
+
+def _reading(context: KVContext, mechanism: Mechanism) -> KVContext:
+    """Return a context that goes on from the same tokens by a mechanism: the same one, or one of who evicts."""
+    if not mechanism.evicts:
+        context.attend_by(mechanism)
+        return context
+    own = KVContext(context.model, mechanism)
+    own.extend(context.tokens)
+    return own
 
 
 def _keys(mechanism: Mechanism, length: int, model: CausalModel) -> float:

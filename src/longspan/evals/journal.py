@@ -100,6 +100,22 @@ class Journal:
             raise SaveError(f"can't write {self.file}: {error.strerror or error}") from error
 
 
+def in_folder(folder: str | None, name: str) -> Journal:
+    """Open the journal of that name in a folder, which is made if need be; None: rows are kept in memory alone.
+
+    Raises:
+        SaveError: the folder can't be made.
+        UsageError: see `Journal`.
+    """
+    if folder is None:
+        return Journal(None)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"can't make {folder}: {error.strerror or error}") from error
+    return Journal(Path(folder) / name)
+
+
 def read(file: Path) -> list[Entry]:
     """Return the rows of a file (UsageError: it can't be read, or is no journal)."""
     try:

@@ -1,7 +1,9 @@
 """Needles: facts hidden in real prose at every depth, asked for one by one.
 
-    python -m longspan.evals.needle --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl
-    python -m longspan.evals.needle --merge needle.jsonl --json > benchmarks/results/needle.json
+    longspan eval needle --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl
+    longspan eval needle --merge needle.jsonl --json > benchmarks/results/needle.json
+
+The same is `python -m longspan.evals.needle`.
 
 Each haystack is read once into a session and asked for each of its facts; every question starts from the same session.
 A row a question says whether the answer is right, whether the page with the fact was ranked first, and whether a
@@ -15,6 +17,7 @@ import itertools
 import json
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +30,11 @@ import torch
 from longspan.attention import parse
 from longspan.engine.llm import LLM
 from longspan.errors import Cancelled, UsageError
-from longspan.evals.arguments import Parser, guarded, parser, say, specs_of
+from longspan.evals.arguments import DTYPES, Parser, dtype_of, guarded, parser, say, specs_of
 from longspan.evals.environment import environment
 from longspan.evals.facts import KINDS, Question, make
 from longspan.evals.haystack import prose
-from longspan.evals.journal import Entry, Journal
+from longspan.evals.journal import Journal
 from longspan.evals.needle_rows import Key, Row, answered, of_one_model, summary
 from longspan.evals.progress import Progress
 from longspan.hf.loading import pick_device
@@ -40,7 +43,6 @@ from longspan.kv.base import PAGE
 from longspan.lengths import lengths_of
 from longspan.sessions.session import Session
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ANSWER = 28
 """Tokens of an answer for each fact needed: a sentence that holds it."""
 
@@ -56,8 +58,25 @@ class Haystack:
 
 
 @dataclass(frozen=True)
+class Options:
+    """A command line's options, as they were written."""
+
+    model: str | None
+    device: str
+    mechanisms: str
+    lengths: str
+    kinds: str
+    haystacks: int
+    seed: int
+    dtype: str | None
+    out: Path | None
+    minutes: float | None
+    merge: list[Path] | None
+
+
+@dataclass(frozen=True)
 class Given:
-    """What the command line asks for."""
+    """What is to be asked."""
 
     specs: list[str]
     kinds: list[str]
@@ -190,6 +209,8 @@ def run(
     for task in left:
         if task.spec != spec:
             engine, spec = LLM(llm.model, task.spec, say=tell), task.spec
+            for note in llm.model.trained.lacks(engine.attention, llm.model.name):
+                tell(f"note: {note}")
         for row in ask(engine, task, progress):
             journal.append(asdict(row))
             count -= 1
@@ -204,18 +225,23 @@ def _pages(session: Session, start: int, end: int) -> set[int]:
     return {(token + session.head) // PAGE for token in touched}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; prints the rows' table, or with --json one JSON object."""
-    return guarded("needle", lambda: _main(sys.argv[1:] if arguments is None else arguments))
+def measure(given: Options, command: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Do what a command line asks for, and return environment, table and rows (see `needle_rows.summary`).
 
+    Args:
+        given: its options.
+        command: what measures the same again.
+        tell: told the progress.
 
-def _main(arguments: list[str]) -> int:
+    Raises:
+        UsageError: an option that can't be used.
+        Cancelled: Ctrl-C.
+    """
     began = time.monotonic()
-    given = _parser().parse_args(arguments)
     if given.merge:
         if given.out or given.minutes:
             raise UsageError("--merge asks nothing: leave out --out and --minutes")
-        return _print(of_one_model(given.merge), given.json)
+        return summary(of_one_model(given.merge))
     wanted = Given(
         specs_of(given.mechanisms, auto=True),
         _kinds(given.kinds),
@@ -229,20 +255,37 @@ def _main(arguments: list[str]) -> int:
     dtype = _dtype(given.dtype, given.device)
     with Journal(given.out) as journal:
         answered(journal.entries)  # a file of another eval is refused before a model is loaded
-        llm = LLM(given.model, device=given.device, dtype=dtype, say=say)
+        llm = LLM(given.model, device=given.device, dtype=dtype, say=tell)
         tasks = plan(llm.model, wanted)
-        about = environment(llm.model.device, "longspan.evals.needle", arguments)
+        about = environment(llm.model.device, "", []) | {"command": command}
         about |= {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}
         again = f"the same command goes on from {given.out}" if given.out else "nothing is kept without --out FILE"
         try:
-            left = run(llm, tasks, journal, about, until, say)
+            left = run(llm, tasks, journal, about, until, tell)
         except (KeyboardInterrupt, Cancelled) as error:
             raise Cancelled(f"stopped: {again}") from error
         if left:
             total = sum(len(task.keys) for task in tasks)
-            say(f"needle: stopped after {given.minutes:g} minutes with {left} of {total} questions left: {again}")
+            tell(f"stopped after {given.minutes:g} minutes with {left} of {total} questions left: {again}")
         done = answered(journal.entries)
-    return _print([done[key] for task in tasks for key in task.keys if key in done], given.json)
+    return summary([done[key] for task in tasks for key in task.keys if key in done])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; prints the rows' table, or with --json one JSON object."""
+    return guarded("needle", lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    given = vars(_parser().parse_args(arguments))
+    as_json = given.pop("json")
+    result = measure(Options(**given), f"python -m longspan.evals.needle {shlex.join(arguments)}", say)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        for line in result["table"]:
+            print("  ".join(f"{key} {value}" for key, value in line.items()))
+    return 0
 
 
 def _parser() -> Parser:
@@ -250,7 +293,7 @@ def _parser() -> Parser:
     made.add_argument("--kinds", default="single", help=f"{', '.join(KINDS)}; default: %(default)s")
     made.add_argument("--haystacks", type=int, default=5, metavar="N", help="8 questions each; default: %(default)s")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of the first haystack; default: %(default)s")
-    made.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a GPU, else what the CPU is best at")
+    made.add_argument("--dtype", choices=DTYPES, help="default: float32 on a GPU, else what the CPU is best at")
     made.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help="append every answer to this file, and go on from what it holds"
     )
@@ -279,18 +322,8 @@ def _dtype(name: str | None, device: str) -> torch.dtype | None:
     """Return the type to compute in; None: what the engine chooses for a CPU (UsageError: no such device)."""
     on_gpu = pick_device(device).type == "cuda"
     if name is not None:
-        return _DTYPES[name]
+        return dtype_of(name)
     return torch.float32 if on_gpu else None
-
-
-def _print(entries: Sequence[Entry], as_json: bool) -> int:
-    result = summary(entries)
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        for line in result["table"]:
-            print("  ".join(f"{key} {value}" for key, value in line.items()))
-    return 0
 
 
 if __name__ == "__main__":

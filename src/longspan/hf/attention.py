@@ -23,6 +23,8 @@ class Reader(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Take the unrotated q `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]` of T new tokens; return `[B, Hq, T, Dv]`.
 
+        Layers are counted from 0 among those that attend: a hybrid model has others.
+
         May raise `Enough` when the caller needs nothing from this layer on.
         """
         ...

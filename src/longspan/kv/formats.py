@@ -23,6 +23,9 @@ class Format(ABC):
     name: str
     code_dtype: torch.dtype
     scale_dtype: torch.dtype = torch.float32
+    again: str | None = None
+    """The format to take for rows that are read and written again in other pages, where this one rounds anew each time;
+    None: this one."""
 
     @property
     @abstractmethod
@@ -94,6 +97,7 @@ class Float8(Format):
     """
 
     name = "fp8"
+    again: str | None = "fp8-pow2"
     code_dtype = torch.uint8  # float8 in disguise: PyTorch can't index float8 on every device
     _GREATEST = 448.0
 
@@ -115,9 +119,13 @@ class Float8(Format):
         x = x if x.dtype == torch.float64 else x.float()
         finite = torch.where(x.isfinite(), x.abs(), torch.zeros_like(x))
         limits = torch.finfo(torch.float32)
-        scales = (finite.amax((-1, -2), keepdim=True) / self._GREATEST).clamp(limits.tiny, limits.max).float()
+        scales = self._scales((finite.amax((-1, -2), keepdim=True) / self._GREATEST).clamp(limits.tiny, limits.max))
         scaled = (x / scales).clamp(-self._GREATEST, self._GREATEST).float()
         return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
+
+    def _scales(self, least: Tensor) -> Tensor:
+        """Return float32 scales, given those by which the largest number just fits."""
+        return least.float()
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Format`."""
@@ -130,8 +138,27 @@ class Float8(Format):
         return (numbers * scales.to(wide)).to(dtype)
 
 
+class Float8Again(Float8):
+    """float8 whose scales are powers of two, so that what came back keeps its value in any other page.
+
+    At most one binade of the range is lost, at its small end, and no precision: a number comes back within
+    `max(|x| / 17, 2^-10 scale)` too, of a scale up to twice as large. What came back and is written again with another
+    scale keeps its value, unless it lies below `2^-6` of that scale.
+    """
+
+    name = "fp8-pow2"
+    again = None
+
+    def _scales(self, least: Tensor) -> Tensor:
+        """Return the next powers of two."""
+        mantissa, exponent = torch.frexp(least.float())
+        return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).clamp(max=2.0**127)
+
+
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _FORMATS: dict[str, Format] = {}
+AUTO = "auto"
+"""Not a format but the wish for the float type's own."""
 
 
 def register(made: Format) -> None:
@@ -146,6 +173,7 @@ register(FloatFormat("fp32", torch.float32))
 register(FloatFormat("fp16", torch.float16))
 register(FloatFormat("bf16", torch.bfloat16))
 register(Float8())
+register(Float8Again())
 
 
 def names() -> list[str]:
@@ -160,6 +188,11 @@ def named(name: str) -> Format:
     return _FORMATS[name]
 
 
+def written_again(name: str | None) -> str | None:
+    """Return the name of the format for rows that move between pages, given the one that was asked for."""
+    return name if name in (None, AUTO) else named(name).again or name
+
+
 def format_for(dtype: torch.dtype) -> Format:
     """Return the format that holds a float type as it is (UsageError if none does)."""
     for made in _FORMATS.values():
@@ -169,15 +202,19 @@ def format_for(dtype: torch.dtype) -> Format:
 
 
 def format_of(name: str | None, dtype: torch.dtype) -> Format:
-    """Return the format of a name (None: the float type's own), for keys and values that are computed in `dtype`.
+    """Return the format of a name (`auto`, None: the float type's own), for keys and values computed in `dtype`.
 
     Raises:
         UnknownNameError: no such format.
         UsageError: it is not narrower than the float type, so that it could only lose and never gain.
     """
     own = format_for(dtype)
-    made = own if name is None else named(name)
-    if made is not own and made.bits >= own.bits:
-        fitting = ", ".join(other.name for other in _FORMATS.values() if other is own or other.bits < own.bits)
-        raise UsageError(f"KV format {made.name!r} does not suit keys and values of type {own.name}: use {fitting}")
-    return made
+    if name is None or name == AUTO:
+        return own
+    suiting = [made.name for made in _FORMATS.values() if made is own or made.bits < own.bits]
+    told = ", ".join([AUTO, *suiting])
+    if name not in _FORMATS:
+        raise UnknownNameError(f"unknown KV format {name!r}: use one of {told}")
+    if name not in suiting:
+        raise UsageError(f"KV format {name!r} does not suit keys and values of type {own.name}: use one of {told}")
+    return _FORMATS[name]

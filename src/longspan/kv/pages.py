@@ -5,6 +5,7 @@ A page can be written down in a smaller format or left to its summary (`demote`)
 host memory (`promote`), or dropped; and the context can be cut back to an earlier length: a question is taken back,
 its document stays. Where full pages are quantised, the page that is not full is held in the computing type, and the
 exact page that a question closed is kept until `commit`, so that taking the question back restores every bit.
+What a mechanism remembers beside pages (`memory.py`) is cut back, forked, saved and given back with them.
 
 Each change first counts all bytes it takes and gives against the budget, so that one that is refused changes nothing.
 It does not know positions (`rotary.py`), mechanisms, or which pages matter.
@@ -18,7 +19,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from longspan.errors import UsageError
+from longspan.errors import PoolExhaustedError, UsageError
 from longspan.kv import saved
 from longspan.kv.base import PAGE
 from longspan.kv.blocks import BlockSummaries
@@ -75,7 +76,8 @@ class PagedKV(PageWriter):
     @property
     def nbytes(self) -> int:
         """Bytes that this context refers to, summaries included and exact copies in host memory left out."""
-        return sum(plane.page_bytes for plane, _ in self._referred())
+        remembered = 0 if self.memory is None else self.memory.nbytes
+        return sum(plane.page_bytes for plane, _ in self._referred()) + remembered
 
     def resolution(self, page: int) -> str:
         """Return the format that a page is held in, or `summary` (of which nothing may be kept, if it was dropped)."""
@@ -141,6 +143,8 @@ class PagedKV(PageWriter):
             self._charge({}, ((self.pool.native, slot) for slot in slots))
             self.pool.native.release(slots)
             self.raw = {}
+        if self.memory is not None:
+            self.memory.commit()
         self._committed = self._length
 
     def truncate(self, length: int) -> None:
@@ -163,6 +167,8 @@ class PagedKV(PageWriter):
         self.rounded = {page for page in self.rounded if page < keep}
         self.blocks.truncate(length)
         self.mirror.truncate(length)
+        if self.memory is not None:
+            self.memory.truncate(length)
         self._length, self._committed = length, min(length, self._committed)
 
     def drop(self, start: int, stop: int) -> None:
@@ -189,8 +195,13 @@ class PagedKV(PageWriter):
             PoolExhaustedError: the fork's budget is too small for what it would refer to.
         """
         other = PagedKV(self.pool, self.rotary, self.budget if budget is None else budget)
+        other.memory = None if self.memory is None else self.memory.fork(other.budget)
         shared = list(self._referred())
-        other.budget.charge(sum(plane.page_bytes for plane, _ in shared), 0)
+        try:
+            other.budget.charge(sum(plane.page_bytes for plane, _ in shared), 0)
+        except PoolExhaustedError:
+            other.free()
+            raise
         for plane, slot in shared:
             plane.share([slot])
         self.pool.host.share(self.exact.values())
@@ -258,7 +269,8 @@ class PagedKV(PageWriter):
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return what is held of the pages, in order, and which they are: what `restore` takes."""
-        return saved.pack(self, prefix)
+        remembered = {} if self.memory is None else self.memory.tensors(f"{prefix}{saved.MEMORY}")
+        return {**saved.pack(self, prefix), **remembered}
 
     def restore(self, prefix: str, length: int, tensors: dict[str, Tensor]) -> None:
         """Hold what `tensors` returned, for a context of `length` tokens.
@@ -268,7 +280,16 @@ class PagedKV(PageWriter):
             PoolExhaustedError: it is more than the budget has left. In both cases the context is as it was.
         """
         parts = saved.checked(self, prefix, length, tensors)
-        self._charge(parts.takes(self.pool), self._referred())
+        memory = saved.remembered(self, prefix, length, tensors, parts)
+        try:
+            self._charge(parts.takes(self.pool), self._referred())
+        except PoolExhaustedError:
+            if memory is not None:
+                memory.truncate(0)
+            raise
+        if self.memory is not None:
+            self.memory.truncate(0)
+            self.memory = memory
         self._release(self._referred())
         self.pool.host.release(self.exact.values())
         self.mirror.clear()

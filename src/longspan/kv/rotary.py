@@ -46,6 +46,11 @@ class Rotary:
         self._ranges.move_to_end(key)
         return self._rotate(x, *self._ranges[key])
 
+    def averaged(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Apply the mean of the rotations to the positions `start .. stop - 1` to x `[..., D]`."""
+        cos, sin = self._angles(torch.arange(start, stop), x.device, _angle_dtype(x))
+        return self._rotate(x, cos.mean(0), sin.mean(0))
+
     def _angles(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.to(device).double().unsqueeze(-1) * self.inv_freq.to(device)
         return angles.cos().to(dtype), angles.sin().to(dtype)

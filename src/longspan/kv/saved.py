@@ -2,7 +2,8 @@
 
 Tensors by name: `pages`, `k` and `v` of the pages in the native type; `FORMAT.pages`, `FORMAT.k`, `FORMAT.k_scale`
 and so on of those in another format; `host.*` of exact copies; `marks.*` of the summaries of pages that are not held
-exactly (others are computed again), and `asked.KIND.BLOCK` of summaries that the pool does not keep itself.
+exactly (others are computed again), and `asked.KIND.BLOCK` of summaries that the pool does not keep itself; `memory.*`
+of what a mechanism remembers beside pages.
 It does not know files: the sessions' store does.
 """
 
@@ -18,12 +19,16 @@ from torch import Tensor
 from longspan.errors import SessionCorruptError
 from longspan.kv import formats
 from longspan.kv.base import PAGE
+from longspan.kv.memory import LayerMemory
 from longspan.kv.planes import PagePlane, Plane
 from longspan.kv.pool import PagePool
 from longspan.kv.tables import DROPPED, NATIVE, SlotTable
 
 if TYPE_CHECKING:
     from longspan.kv.pages import PagedKV
+
+MEMORY = "memory."
+"""What the names of remembered tensors begin with, behind the layer's prefix."""
 
 
 def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
@@ -128,6 +133,25 @@ def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]
     if len(set(pages)) != len(pages):
         raise _unfit()
     return Parts(groups, exact, marks, asked)
+
+
+def remembered(
+    kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor], parts: Parts
+) -> LayerMemory | None:
+    """Return what a mechanism remembered of a context of `length` tokens; None: it keeps nothing beside pages.
+
+    Raises:
+        SessionCorruptError: it does not fit, or it has not seen every token whose page is gone.
+        PoolExhaustedError: the budget has no room for it.
+    """
+    if kv.memory is None:
+        return None
+    memory = kv.memory.restored(f"{prefix}{MEMORY}", length, tensors)
+    held = {page for pages, _ in parts.groups.values() for page in pages}
+    if not held.issuperset(range(memory.length // PAGE, -(-length // PAGE))):
+        memory.truncate(0)
+        raise _unfit()
+    return memory
 
 
 def _group(held: Mapping[str, Tensor], prefix: str, plane: Plane, count: int) -> tuple[list[int], Mapping[str, Tensor]]:

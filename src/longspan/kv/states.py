@@ -47,6 +47,11 @@ class StateCheckpoints:
         return self._length
 
     @property
+    def committed(self) -> int:
+        """Number of tokens that the state of the last commit has seen."""
+        return self._committed
+
+    @property
     def positions(self) -> list[int]:
         """The lengths at which a state is kept, ascending; 0, where it is the initial one, left out."""
         return list(self._kept)
@@ -101,6 +106,18 @@ class StateCheckpoints:
         self._length = max(self._kept, default=0)
         self._committed = min(self._committed, self._length)
         return self._length
+
+    def thin(self) -> bool:
+        """Give up one checkpoint, of those closest together the oldest; False: only what must stay is left.
+
+        The latest state stays, and the committed one.
+        """
+        kept = [0, *self._kept]
+        gaps = {at: after - before for before, at, after in zip(kept, kept[1:], kept[2:], strict=False)}
+        spare = [at for at in gaps if at != self._committed]
+        if spare:
+            self._forget([min(spare, key=lambda at: gaps[at])])
+        return bool(spare)
 
     def fork(self, budget: Budget | None = None) -> StateCheckpoints:
         """Return checkpoints that share these states (PoolExhaustedError: the fork's budget has no room for them)."""

@@ -63,7 +63,7 @@ def calibrate(model: CausalModel, progress: Progress | None = None, *, seed: int
         tokens, facts = _with_facts(model, texts[i * length : (i + 1) * length], rng)
         reader = _Everything(model)
         for start in range(0, len(tokens), _CHUNK):
-            model.forward(tokens[start : start + _CHUNK], reader)
+            model.forward(tokens[start : start + _CHUNK], reader, state=reader.state)
             if progress:
                 progress("calibrating", i * length + start + _CHUNK, _CONTEXTS * length)
         for question, pages in facts:
@@ -123,7 +123,7 @@ def _finders(model: CausalModel, reader: _Everything, question: str, pages: set[
     group = sizes.query_heads // sizes.kv_heads
     length = reader.layers[0].length
     reader.queries.clear()
-    model.forward(model.tokens(f"\n\nQuestion: {question}\nAnswer:"), reader)
+    model.forward(model.tokens(f"\n\nQuestion: {question}\nAnswer:"), reader, state=dict(reader.state))
     for kv in reader.layers:
         kv.truncate(length)
     found = torch.zeros(sizes.layers, sizes.query_heads, dtype=torch.bool)
@@ -142,6 +142,7 @@ class _Everything:
         sizes = model.dimensions
         self.mechanism = make("streaming", window=1024, sinks=_SINKS)
         self.queries: dict[int, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
         self.layers = [
             PagedKV(PagePool(sizes.kv_heads, sizes.head_dim, sizes.head_dim, model.dtype, model.device), model.rotary)
             for _ in range(sizes.layers)

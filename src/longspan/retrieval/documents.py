@@ -129,7 +129,9 @@ class _Reader:
             raise _RefusedError("there is no standard input: give a file")
         if "-" not in self.documents:
             self.progress("<stdin>")
-            self.documents["-"] = Document("<stdin>", _text_of(stream.read(), ""))
+            if not (data := stream.read()).strip():
+                raise _RefusedError("standard input is empty: pipe a text into it")
+            self.documents["-"] = Document("<stdin>", _text_of(data, ""))
 
     def _file(self, path: Path, name: str, status: os.stat_result) -> None:
         identity = (status.st_dev, status.st_ino)

@@ -70,7 +70,9 @@ def store(fingerprint: str, heads: RetrievalHeads, about: dict[str, Any]) -> Pat
             json.dump({**heads.to_json(), **about}, part, indent=1)
         Path(part.name).replace(target)
     except OSError as error:
-        raise ModelError(f"can't store the calibration in {target.parent}: {error.strerror or error}") from error
+        raise ModelError(
+            f"can't store the calibration in {target.parent}: {error.strerror or error} (set LONGSPAN_CACHE)"
+        ) from error
     return target
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import UnknownNameError, UsageError
+from longspan.retrieval.words import UNSPACED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,12 +29,9 @@ if TYPE_CHECKING:
 _K1 = 1.5  # how slowly further occurrences of a word stop counting
 _B = 0.75  # how much a long passage is discounted
 
-# Scripts without spaces between words (Thai to Khmer, kana, Han), and Hangul, whose particles cling to the
-# word: their runs are cut into characters and pairs of characters, the usual stand-in for a dictionary.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff"
-    "\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-)
+# Scripts without spaces between words, and Hangul, whose particles cling to the word: their runs are cut into
+# characters and pairs of characters, the usual stand-in for a dictionary.
+_UNSPACED = f"{UNSPACED}\uac00-\ud7af"
 # Vowel signs and accents inside a word, which Python's \w leaves out (Hebrew, Arabic, the scripts of India).
 _SIGNS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0981-\u0dff"
 # An underscore parts words: max_tokens is found by "max tokens".

@@ -52,9 +52,9 @@ def commit(folder: Path, name: str, write: Callable[[list[Path]], Manifest]) -> 
     return manifest
 
 
-def failure(folder: Path, name: str, error: OSError, needed: int) -> str:
-    """Return the one line that tells why saving failed; `needed` is the size of the new blobs."""
-    room = f"it needs {_size(needed)}"
+def failure(folder: Path, name: str, error: OSError, needed: int | None = None) -> str:
+    """Return the one line that tells why saving fails; `needed` is the size of the new blobs, where that is known."""
+    room = "it needs a folder of its own" if needed is None else f"it needs {_size(needed)}"
     with contextlib.suppress(OSError, StopIteration):
         place = next(path for path in (folder, *folder.parents) if path.is_dir())
         room += f", {_size(shutil.disk_usage(place).free)} is free there"

@@ -122,13 +122,13 @@ def read_manifest(folder: Path, name: str) -> Manifest:
 
 
 def compare(manifest: Manifest, asked: Mapping[str, JSON]) -> None:
-    """Raise SessionMismatchError at the first key of `asked` that was saved with another value."""
+    """Raise SessionMismatchError at the first key of `asked` that was saved with another value (none is null)."""
     for key, value in asked.items():
-        if key in manifest.identity and manifest.identity[key] == value:
+        saved = manifest.identity.get(key)
+        if saved == value:
             continue
-        saved = f"{key} = {_short(manifest.identity[key])}" if key in manifest.identity else f"no {key}"
         raise SessionMismatchError(
-            f"session {manifest.name!r} was saved with {saved}, and {key} = {_short(value)} is asked for: "
+            f"session {manifest.name!r} was saved with {_told(key, saved)}, and {_told(key, value)} is asked for: "
             "use what it was saved with, or another session name, or remove it with "
             f"`longspan session rm {manifest.name}`"
         )
@@ -156,6 +156,6 @@ def _blob(entry: dict[str, object]) -> Blob:
     return Blob(file, size, checksum)
 
 
-def _short(value: JSON) -> str:
+def _told(key: str, value: JSON) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return f"no {key}" if value is None else f"{key} = {text if len(text) <= 120 else f'{text[:117]}...'}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -137,6 +138,19 @@ class SessionStore:
         except OSError as error:
             raise SaveError(failure(folder, name, error, needed)) from error
         return folder
+
+    def check_writable(self, name: str) -> None:
+        """Raise SaveError if a session of that name could not be saved: to be told before reading for hours.
+
+        Nothing is written but a file that is gone again, and the folder of all sessions if there is none.
+        """
+        folder = self._folder(name)
+        try:
+            blobs.make_folder(self.root)
+            with tempfile.TemporaryFile(dir=folder if folder.is_dir() else self.root):
+                pass
+        except OSError as error:
+            raise SaveError(failure(folder, name, error)) from error
 
     def load(self, name: str, identity: Mapping[str, JSON] | None = None) -> SavedSession:
         """Return a saved session, every byte of it checked; its tensors are on the CPU.

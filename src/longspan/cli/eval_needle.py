@@ -1,0 +1,87 @@
+"""`longspan eval needle`: facts hidden in real prose at every depth, asked for one by one."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.cli import options, output
+from longspan.cli.progress import Progress
+from longspan.errors import UsageError
+from longspan.evals.facts import KINDS
+
+EXAMPLE = 'longspan eval needle --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl'
+
+
+def needle(
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILES]", help="Files to merge (with --merge).")
+    ] = None,
+    model: options.Model = None,
+    mechanisms: Annotated[
+        str,
+        typer.Option("--mechanisms", metavar="SPECS", help="Specifications with spaces between; auto: as ask chooses."),
+    ] = "retrieval",
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,N", help="Tokens of a haystack, such as 4K,16K.")
+    ] = "4K,16K",
+    kinds: Annotated[
+        str, typer.Option("--kinds", metavar="NAMES", help=f"Kinds of facts, commas between: {', '.join(KINDS)}.")
+    ] = "single",
+    haystacks: Annotated[int, typer.Option("--haystacks", metavar="N", help="Haystacks; 8 questions each.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the first haystack.")] = 0,
+    device: options.Device = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="float32, bfloat16 or float16. Default: float32 on a GPU, else what the CPU is best at.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE.jsonl", help="Append every answer here, and go on from what it holds."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="M", help="Stop after the question asked at that time.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Ask nothing: make one result of the files named.")] = False,
+    json: options.AsJson = False,
+) -> None:
+    """Hide facts in prose and ask for them: right answers, pages ranked first, facts cited, by mechanism and length.
+
+    With --out, a run that was stopped goes on where it was.
+    """
+    if merge != bool(files):
+        raise UsageError("--merge needs files: give --merge needle.jsonl" if merge else "files are for --merge alone")
+    with Progress() as progress:
+        progress.busy("reading haystacks and asking")
+        from longspan.evals.needle import Options, measure
+
+        given = Options(
+            model=model,
+            device=device,
+            mechanisms=mechanisms,
+            lengths=lengths,
+            kinds=kinds,
+            haystacks=haystacks,
+            seed=seed,
+            dtype=dtype,
+            out=None if out is None else Path(out),
+            minutes=minutes,
+            merge=[Path(name) for name in files or []] or None,
+        )
+        result = measure(given, f"longspan eval needle {shlex.join(sys.argv[3:])}", progress.say)
+    if json:
+        output.write_json(result)
+        return
+    columns = ("mechanism", "kind", "length", "questions", "right", "own_words", "ranked_first", "cited")
+    shown = output.table(*columns[:2], *(f">{name.replace('_', ' ')}" for name in columns[2:]))
+    for line in result["table"]:
+        shown.add_row(*(str(line[name]) for name in columns))
+    output.write_rich(shown)

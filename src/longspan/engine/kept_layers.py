@@ -1,0 +1,174 @@
+"""Every layer's keys and values under a mechanism that evicts, and when it must.
+
+Keys are evicted where the mechanism's own schedule says so, and before that where the next chunk would pass the
+trained length (rows held are read at the positions that the model knows) or the byte budget. Then fewer may be kept
+than the mechanism would (`Mechanism.within`): room is left for a chunk of documents, or a question and its answer.
+Statistics and positions are no keys: the budget does not count them, `nbytes` does. It does not know how rows score.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from longspan.attention import Mechanism
+from longspan.attention.evicting import Evicting
+from longspan.engine.contexts import kv_head
+from longspan.errors import PoolExhaustedError
+from longspan.hf.attention import Reader
+from longspan.hf.model import CausalModel
+from longspan.kv.base import PAGE
+from longspan.kv.budget import Budget, size
+from longspan.kv.kept import KeptKV
+from longspan.kv.undisturbed import Undisturbed
+from longspan.retrieval.choose import token_mass
+from longspan.retrieval.heads import Head, RetrievalHeads
+
+
+class KeptLayers:
+    """What all layers of one context keep."""
+
+    def __init__(self, model: CausalModel, mechanism: Evicting, kv_format: str | None, budget: Budget) -> None:
+        """Start empty.
+
+        Args:
+            model: whose layers they are.
+            mechanism: by what they attend and evict.
+            kv_format: format of full pages; None: the model's number type.
+            budget: bytes that all layers' pages may take together.
+
+        Raises:
+            UnknownNameError, UsageError: no such format, or a budget below one page a layer.
+        """
+        self.model, self.mechanism, self.budget = model, mechanism, budget
+        sizes = model.dimensions
+        self.layers = [
+            KeptKV(
+                sizes.kv_heads,
+                sizes.head_dim,
+                sizes.head_dim,
+                model.dtype,
+                model.device,
+                model.rotary,
+                budget,
+                kv_format=kv_format,
+                apart=mechanism.heads == "adaptive",
+            )
+            for _ in range(sizes.layers)
+        ]
+        budget.require(sum(kv.least_bytes for kv in self.layers), f"one page for each of {sizes.layers} layers")
+
+    @classmethod
+    def of(cls, model: CausalModel, mechanism: Mechanism, kv_format: str | None, budget: Budget) -> KeptLayers | None:
+        """Return empty layers for a mechanism that evicts; None: it does not. Arguments and errors as above."""
+        return cls(model, cast("Evicting", mechanism), kv_format, budget) if mechanism.evicts else None
+
+    @property
+    def held(self) -> int:
+        """Rows of the KV head that holds the most: the positions that the context takes beyond the trained length."""
+        return max(kv.held for kv in self.layers)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that may be read together: so few that most of the trained length is left for what is kept."""
+        return max(PAGE, self.model.dimensions.window // 4)
+
+    def next_stop(self, length: int) -> int:
+        """Return the length that no chunk may pass: where keys are evicted next by schedule."""
+        every = self.mechanism.every
+        return (length // every + 1) * every if every else length + self.chunk
+
+    def make_room(self, length: int, new: int, chunk: int) -> None:
+        """Evict before `new` more tokens are read for good, where schedule, positions or bytes ask for it.
+
+        Args:
+            length: tokens read so far, all of them committed.
+            new: tokens to come.
+            chunk: the most that are ever read together.
+
+        Raises:
+            PoolExhaustedError: the byte budget does not hold a page of keys and a chunk.
+        """
+        scheduled = self.mechanism.every > 0 and length % self.mechanism.every == 0
+        rows = self._rows_left()
+        for kv in self.layers:
+            crowded = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
+            if scheduled or crowded or kv.held + new > self.model.dimensions.window:
+                self._evict(kv, length, new, rows, chunk)
+
+    def finish(self, length: int, chunk: int) -> None:
+        """Evict after all was read; arguments and errors as for `make_room`."""
+        rows = self._rows_left()
+        for kv in self.layers:
+            self._evict(kv, length, 0, rows, chunk)
+
+    def reader(self, *, learn: bool) -> Reader:
+        """Return what adds new tokens to every layer and attends from them; `learn`: they are read for good."""
+        return _Reader(self, learn)
+
+    def mass(self, queries: Mapping[Head, Tensor], heads: RetrievalHeads, length: int) -> Tensor:
+        """Return the attention mass `[heads, length]` that queries put on each token; 0 where a head evicted it."""
+        found = torch.zeros(len(queries), length)
+        for i, head in enumerate(queries):
+            keys, tokens = self.layers[head[0]].head_keys(kv_head(self.model, head), length)
+            sinks = int((tokens < heads.sinks).sum())
+            found[i, tokens.cpu()] = token_mass({head: queries[head]}, {head: keys}, sinks=sinks)[0]
+        return found
+
+    def fork(self, budget: Budget) -> KeptLayers:
+        """Return layers that share every page until one of the two writes (PoolExhaustedError: as `PagedKV.fork`)."""
+        other = copy.copy(self)
+        other.budget, other.layers = budget, []
+        try:
+            for kv in self.layers:
+                other.layers.append(kv.fork(budget))
+        except BaseException:
+            for kv in other.layers:
+                kv.free()
+            raise
+        return other
+
+    def _rows_left(self) -> int | None:
+        """Return how many rows a head may hold, on average, within the bytes that are left; None: any number."""
+        if not self.budget.limited:
+            return None
+        left = self.budget.left
+        assert left is not None, "a limited budget has something left, be it nothing"
+        return self.layers[0].rows_within((sum(kv.page_bytes for kv in self.layers) + left) // len(self.layers))
+
+    def _evict(self, kv: KeptKV, length: int, new: int, rows: int | None, chunk: int) -> None:
+        """Evict down to what the mechanism keeps, or to as much of it as leaves room for a chunk."""
+        window, mechanism = self.model.dimensions.window, self.mechanism
+        # Beyond the trained length a quarter of it is left for questions and answers, which follow the rows.
+        most = window - window // 4 if length + new > window else window
+        keep = min(mechanism.keeps(length), most, most if rows is None else rows - chunk)
+        if kv.total <= keep * kv.kv_heads and kv.held <= most:
+            return
+        if keep < PAGE:
+            spent = sum(one.page_bytes for one in self.layers) + (self.budget.left or 0)
+            raise PoolExhaustedError(
+                f"the {self.budget.root.name} budget of {size(spent)} does not hold {PAGE} keys of every layer and a "
+                f"chunk of {chunk}: raise it (--kv-budget)"
+            )
+        if keep < mechanism.keeps(length):
+            mechanism = mechanism.within(keep, length)
+        mechanism.evict(kv, keep, most)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """See `hf.attention.Reader`."""
+
+    kept: KeptLayers
+    learn: bool
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        kv, decode = self.kept.layers[layer], not self.learn and q.shape[2] == 1
+        with Undisturbed():
+            kv.append(k, v)
+        return self.kept.mechanism.attend_kept(q, kv, scale=scale, learn=self.learn, decode=decode)

@@ -1,0 +1,210 @@
+"""One layer's keys and values where every KV head keeps its own tokens and forgets the others for good.
+
+Where all heads keep equally many, they share pages. Where their shares differ, each head has pages of its own (in one
+pool, so that what one head gives up another can take): memory is really freed. Tokens that were not committed can be
+taken back; committed ones can't, since what they made the heads forget does not come back.
+It does not know which tokens are worth keeping, nor when to forget: `attention/evicting.py` does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.kv import formats
+from longspan.kv.base import PAGE
+from longspan.kv.budget import Budget
+from longspan.kv.pages import PagePool
+from longspan.kv.rotary import Rotary
+from longspan.kv.rows import KeptRows
+from longspan.kv.undisturbed import Undisturbed
+
+
+class KeptKV:
+    """The kept keys and values of one layer of one context (B = 1)."""
+
+    def __init__(
+        self,
+        kv_heads: int,
+        dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rotary: Rotary | None = None,
+        budget: Budget | None = None,
+        *,
+        kv_format: str | None = None,
+        apart: bool = False,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            kv_heads: KV heads of the layer.
+            dim: size of a key.
+            value_dim: size of a value.
+            dtype: the float type that keys and values come in.
+            device: where pages lie.
+            rotary: how the model encodes positions; None: it does not.
+            budget: this session's bytes; None: no limit.
+            kv_format: format of full pages; None: the float type itself. Rows move between pages, so that fp8 takes
+                scales that let them keep their numbers (`formats.written_again`).
+            apart: whether heads may keep different numbers of tokens.
+
+        Raises:
+            UnknownNameError, UsageError: as `PagePool` and `PagedKV`.
+        """
+        self.groups_of = 1 if apart else kv_heads
+        pool = PagePool(
+            self.groups_of,
+            dim,
+            value_dim,
+            dtype,
+            device,
+            None if budget is None else budget.root,
+            kv_format=formats.written_again(kv_format),
+        )
+        self.pool = pool
+        self.groups = [KeptRows(pool, rotary, budget) for _ in range(kv_heads // self.groups_of)]
+        self._committed = 0
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How the model encodes positions."""
+        return self.groups[0].rotary
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads."""
+        return self.groups_of * len(self.groups)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the context, evicted ones included."""
+        return min(group.length for group in self.groups)
+
+    @property
+    def held(self) -> int:
+        """Rows of the KV head that holds the most."""
+        return max(group.held for group in self.groups)
+
+    @property
+    def total(self) -> int:
+        """Rows of all KV heads together."""
+        return self.groups_of * sum(group.held for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages, positions and of what was learned."""
+        return sum(group.nbytes for group in self.groups)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages, which are what a budget counts."""
+        return sum(group.pages.nbytes for group in self.groups)
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes without which not even one token can be kept."""
+        return self.pool.least_bytes * len(self.groups)
+
+    def rows_within(self, nbytes: int) -> int:
+        """Return how many rows a head, on average, are sure to fit so many bytes of pages."""
+        native, full = self.pool.native.page_bytes, self.pool.plane(self.pool.format.name).page_bytes
+        # In a smaller format: the page that is being filled, and the one that a question closed.
+        spare = 0 if self.pool.format is self.pool.native.format else 2 * native
+        pages = (nbytes - len(self.groups) * spare) // full
+        # Heads that hold different numbers may each have a page that is not full.
+        lost = len(self.groups) if len(self.groups) > 1 else 0
+        return max(0, (pages - lost) * PAGE // len(self.groups))
+
+    def split(self, heads: Tensor) -> Iterator[tuple[KeptRows, Tensor]]:
+        """Yield the rows of each group of heads, and those of `heads` `[1, Hq or Hkv, ...]` that belong to them."""
+        step = heads.shape[1] // len(self.groups)
+        for i, group in enumerate(self.groups):
+            yield group, heads[:, i * step : (i + 1) * step]
+
+    def head_keys(self, head: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return one KV head's unrotated keys `[n, D]` and tokens int64 `[n]`, of the first `length` tokens."""
+        group, within = self.groups[head // self.groups_of], head % self.groups_of
+        stop = group.held - (group.length - length)
+        return group.pages.keys(0, stop)[0, within], group.positions(0, stop)[within]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add the unrotated keys `[1, Hkv, T, D]` and values `[1, Hkv, T, Dv]` of the next T tokens.
+
+        Raises:
+            PoolExhaustedError: the pages for them are more than the budget has left; nothing was added.
+        """
+        before = self.length
+        try:
+            for (group, keys), (_, values) in zip(self.split(k), self.split(v), strict=True):
+                group.append(keys, values)
+        except BaseException:
+            self.truncate(before)
+            raise
+
+    def commit(self) -> None:
+        """Say that the tokens so far were read for good."""
+        for group in self.groups:
+            group.commit()
+        self._committed = self.length
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from `length` on, which were not committed; or all of them, at 0."""
+        assert length == 0 or length >= self._committed, (
+            "committed tokens can't be taken back where others were evicted"
+        )
+        for group in self.groups:
+            group.truncate(min(length, group.length))
+        self._committed = min(length, self._committed)
+
+    def drop(self, start: int, stop: int) -> None:
+        """Do nothing: what is no longer read was evicted."""
+
+    def keep(self, indexes: Sequence[Tensor]) -> None:
+        """Keep these rows, int64 `[heads, n]` ascending a group, and evict the others. All tokens must be committed.
+
+        Raises:
+            PoolExhaustedError: a fork shares pages, and the budget has no room for others. Groups before the one that
+                failed have evicted; every head is as it was or as it should be.
+        """
+        assert self._committed == self.length, "only committed tokens are evicted"
+        with Undisturbed():
+            for group, index in zip(self.groups, indexes, strict=True):
+                group.keep(index)
+
+    def fork(self, budget: Budget | None = None) -> KeptKV:
+        """Return a layer that shares every page until one of the two writes (PoolExhaustedError: as `PagedKV.fork`)."""
+        other = copy.copy(self)
+        other.groups = []
+        try:
+            for group in self.groups:
+                other.groups.append(group.fork(budget))
+        except BaseException:
+            for group in other.groups:
+                group.free()
+            raise
+        return other
+
+    def free(self) -> None:
+        """Give every page back; the layer is empty and can be used again."""
+        for group in self.groups:
+            group.free()
+        self._committed = 0
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return what `restore` takes."""
+        return {
+            name: tensor
+            for i, group in enumerate(self.groups)
+            for name, tensor in group.tensors(f"{prefix}{i}.").items()
+        }
+
+    def restore(self, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> None:
+        """Hold what `tensors` returned, for a context of `length` tokens (errors: as `KeptRows.restore`)."""
+        for i, group in enumerate(self.groups):
+            group.restore(f"{prefix}{i}.", length, tensors)
+        self._committed = length

@@ -1,0 +1,104 @@
+"""`longspan eval ruler`: what it prints, keeps and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--lengths", "1K", "--tasks", "qa_1,qa_2", "--questions", "2", "--attention", "streaming:window=64")
+TEXT = "The harbour board met in May. Nobody had asked for a lantern. " * 40
+
+
+@pytest.fixture
+def haystack(home: Path):
+    """A text of the user's, which is read in no time."""
+    Path("prose.txt").write_text(TEXT)
+    return ("--haystack", "prose.txt")
+
+
+def test_one_object_is_printed_and_a_second_run_asks_nothing(cli, haystack):
+    pytest.importorskip("matplotlib")
+    code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [(line["task"], line["length"], line["questions"]) for line in found["table"]] == [
+        ("qa_1", 1024, 2),
+        ("qa_2", 1024, 2),
+        ("average", 1024, 4),
+    ]
+    assert len(found["rows"]) == 4 and all(500 < row["tokens"] <= 1024 for row in found["rows"])
+    assert found["seed"] == 0 and found["attention"] == "streaming:window=64" and found["torch"] and found["command"]
+    assert [Path(name).name for name in found["pictures"]] == ["ruler-streaming-window=64.png"]
+    assert Path(found["pictures"][0]).read_bytes()[:4] == b"\x89PNG"
+    assert "[4/4] qa_2 1024: " in err and "tokens/s, about 0 s left" in err
+    kept = Path("found/ruler.jsonl").read_bytes()
+    code, again, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found", "--json")
+    assert code == 0 and json.loads(again)["rows"] == found["rows"] and "[4/4]" not in err
+    assert Path("found/ruler.jsonl").read_bytes() == kept
+
+
+def test_the_table_names_tasks_lengths_and_intervals(cli, haystack, tmp_path):
+    file = tmp_path / "squad.json"
+    paragraph = {"context": "The lamp is red.", "qas": [{"question": "Which colour?", "answers": [{"text": "red"}]}]}
+    file.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    given = ("--lengths", "900,1K", "--tasks", "qa_1", "--questions", "1", "--attention", "streaming:window=64")
+    code, out, err = cli("eval", "ruler", *given, *haystack, "--qa", str(file))
+    assert code == 0, err
+    assert "900 tokens" in out and "1,024 tokens" in out and "qa_1" in out and " to " in out and "average" not in out
+    assert "95 % intervals; 1 question of" in err
+
+
+def test_ctrl_c_says_how_to_go_on(cli, haystack, monkeypatch):
+    from longspan.evals.ruler import run
+
+    asked, ask = [], run.ask
+
+    def interrupted(*arguments):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(*arguments)
+
+    monkeypatch.setattr(run, "ask", interrupted)
+    code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found")
+    assert (code, out) == (130, "") and err.splitlines()[-1].endswith("the same command goes on from found")
+    monkeypatch.setattr(run, "ask", ask)
+    code, _, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found")
+    assert code == 0 and "[1/4]" not in err and "[2/4]" in err
+
+
+@pytest.mark.parametrize(
+    "arguments,told",
+    [
+        (("--tasks", "vt,nothing"), "unknown task 'nothing'"),
+        (("--tasks", ","), "no task is named"),
+        (("--lengths", "many"), "no length"),
+        (("--lengths", "100"), "100 tokens do not hold a question of qa_1"),
+        (("--questions", "0"), "--questions 0"),
+        (("--attention", "nothing"), "unknown attention"),
+        (("--prefill", "soon"), "unknown attention"),
+        (("--kv", "int0"), "int0"),
+        (("--kv-budget", "much"), "no size"),
+        (("--haystack", "gone.txt"), "gone.txt"),
+        (("--haystack", "minutes.txt"), "words: give at least"),
+        (("--qa", "gone.json"), "can't read gone.json"),
+        (("--qa", "minutes.txt"), "no JSON"),
+        (("--out", "minutes.txt"), "minutes.txt"),
+        (("--model", "nosuchmodel"), "nosuchmodel"),
+    ],
+)
+def test_what_can_not_be_asked_is_told_in_one_line(cli, haystack, arguments, told):
+    given = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | dict([haystack]) | dict([arguments])
+    code, out, err = cli("eval", "ruler", *(word for pair in given.items() for word in pair))
+    assert code != 0 and out == ""
+    assert told in err.splitlines()[-1] and "Traceback" not in err and "internal error" not in err
+
+
+def test_rows_of_another_eval_are_refused_before_a_model_is_loaded(cli, haystack, monkeypatch):
+    from longspan.cli import work
+
+    monkeypatch.setattr(work, "load", None)
+    Path("found").mkdir()
+    Path("found/ruler.jsonl").write_text('{"environment": {}}\n{"score": 1}\n')
+    code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found")
+    assert (code, out) == (2, "") and "rows of another eval" in err
