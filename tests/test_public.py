@@ -133,6 +133,14 @@ def test_options_out_of_range_are_refused(spec):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("spec", ["streaming:window=", "retrieval:neighbours=", "quest:budget=", "superlinear:spans="])
+def test_whole_numbers_beyond_any_context_are_refused(spec):
+    parse(f"{spec}{1 << 40}")
+    for number in ((1 << 40) + 1, 10**20):
+        with pytest.raises(UsageError, match=f"is {number}: give at most"):
+            parse(f"{spec}{number}")
+
+
 def test_options_of_another_type_are_refused():
     for options in ({"window": 1.5}, {"window": True}, {"window": None}, {"window": [3]}):
         with pytest.raises(UsageError, match="window"):

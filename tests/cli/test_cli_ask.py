@@ -154,6 +154,12 @@ REFUSED = {
         2,
         "must be int",
     ),
+    "attention option beyond any context": (
+        ["ask", "Who?", "--doc", "minutes.txt", "--attention", "streaming:window=99999999999999999999"],
+        2,
+        "'window' of attention 'streaming' is 99999999999999999999: give at most",
+    ),
+    "unknown format": (["ask", "Who?", "--doc", "minutes.txt", "--kv", "fp3"], 2, "'fp3': use one of auto, "),
     "no such device": (["ask", "Who?", "--doc", "minutes.txt", "--device", "tpu"], 2, "use auto, cpu or cuda"),
     "sampling out of range": (["ask", "Who?", "--doc", "minutes.txt", "--top-p", "1.5"], 2, "top_p is 1.5"),
     "no number": (["ask", "Who?", "--doc", "minutes.txt", "--top-k", "many"], 2, "(see: longspan ask --help)"),
@@ -201,6 +207,38 @@ def test_a_session_of_another_attention_is_refused(cli) -> None:
     code, out, err = cli("ask", "Who?", "--session", "board", "--attention", "streaming")
     assert (code, out) == (1, "")
     assert "was saved with attention" in err
+
+
+def test_what_can_not_be_saved_is_told_before_reading(cli, home: Path) -> None:
+    (home / "sessions").write_text("a file where the folder should be")
+    code, out, err = cli("ask", "Who?", "--doc", "minutes.txt", "--session", "board", "--json")
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "can't save session 'board'" in err and "or set LONGSPAN_SESSIONS to another folder" in err
+
+
+@pytest.mark.parametrize("threads", ["0", "two", "1025", "99999999999999999999"])
+def test_a_number_of_threads_that_can_not_be_is_told(cli, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
+    monkeypatch.setenv("LONGSPAN_THREADS", threads)
+    code, out, err = cli("ask", "Who?", "--doc", "minutes.txt")
+    assert (code, out) == (2, "")
+    assert err == f"longspan: LONGSPAN_THREADS must be a whole number from 1 to 1024, not '{threads}'\n"
+
+
+def test_memory_that_runs_out_is_no_bug(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object, **__: object) -> object:
+        return bytes(1 << 60)
+
+    def torch_too_much(*_: object, **__: object) -> object:
+        import torch
+
+        return torch.empty(1 << 58)
+
+    for load in (too_much, torch_too_much):
+        monkeypatch.setattr("longspan.cli.work.load", load)
+        code, out, err = cli("ask", "Who?", "--doc", "minutes.txt")
+        assert (code, out) == (1, "")
+        assert err == "longspan: there is not enough memory: give less to read, a shorter length, or a smaller model\n"
 
 
 def test_a_bug_is_one_line_and_a_traceback_only_on_request(cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_process import Terminal
+from cli_process import Terminal, command
 
 FEW = ("--max-tokens", "4")
 PROMPT = "\x1b[?2004h"  # bracketed paste is switched on: the prompt reads keys from here on
@@ -89,6 +90,23 @@ def test_standard_input_can_not_be_both(longspan) -> None:
     assert done.returncode == 2
     assert done.stdout == b""
     assert b"chat reads questions from standard input" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["chat"], ["session", "rm", "talk"]])
+def test_a_closed_standard_input_is_told(home: Path, longspan, words: list[str]) -> None:
+    longspan("chat", "--session", "talk", *FEW, stdin=b"Who?\n")
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *command(*words)]
+    done = subprocess.run(closed, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert (b"there is no standard input" if words == ["chat"] else b"--yes") in done.stderr
+    assert b"internal error" not in done.stderr
+
+
+def test_a_conversation_that_can_not_be_saved_is_told_before_it_begins(longspan, home: Path) -> None:
+    (home / "sessions").write_text("a file where the folder should be")
+    done = longspan("chat", "--session", "talk", *FEW, stdin=b"Who?\n")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"can't save session 'talk'" in done.stderr and b"LONGSPAN_SESSIONS" in done.stderr
 
 
 @pytest.fixture

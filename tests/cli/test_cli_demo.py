@@ -51,6 +51,14 @@ def test_json_and_a_fresh_start_each_time(cli, short: None, monkeypatch: pytest.
         assert all(each["citations"] for each in told["questions"])
 
 
+def test_what_can_not_be_saved_is_told_before_reading(cli, short: None, home: Path) -> None:
+    (home / "sessions").write_text("a file where the folder should be")
+    code, _, err = cli("demo")
+    assert code == 1
+    assert "can't save session 'demo'" in err
+    assert "reading" not in err
+
+
 def test_the_reference_is_that_of_this_python() -> None:
     text = demo.reference()
     assert text.startswith("assert\n")

@@ -79,3 +79,9 @@ def test_a_sentence_that_stands_there_twice_is_told_once(tiny):
         "The ferry to Riga leaves at nine."
     ]
     assert Chosen([], [], []).clear(session, 2) == []
+
+
+def test_neighbours_end_where_the_context_does(tiny):
+    session = session_of(tiny, LATIN)
+    citations, _ = Chooser(tiny)._cite(session, [Choice(1, 0.5, "heads")], 1 << 40)
+    assert [(each.start, each.end) for each in citations] == [(0, len(LATIN))]

@@ -11,6 +11,7 @@ from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
 from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, DocumentError, UnknownNameError, UsageError
+from longspan.retrieval.heads import RetrievalHeads
 from longspan.sessions.session import Turn
 from tiny_llama import CHUNK, SPECS, WINDOW
 
@@ -452,3 +453,15 @@ def test_a_named_model_is_loaded(folder, tiny, calibrated, monkeypatch):
     llm = LLM(attention="dense", device="cpu", dtype=torch.float32)
     assert llm.model.fingerprint == tiny.fingerprint
     assert llm.ask(QUESTION, max_tokens=6).text == LLM(tiny, "dense").ask(QUESTION, max_tokens=6).text
+
+
+def test_heads_that_can_not_be_stored_are_used_all_the_same(tiny, text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a file where the folder should be")
+    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path / "file"))
+    found = RetrievalHeads(((1, 0), (2, 1)))
+    monkeypatch.setattr("longspan.engine.llm.calibrate", lambda model, progress: found)  # random weights have none
+    told = []
+    llm = LLM(tiny, "retrieval:window=128,pages=2", say=told.append)
+    assert llm.ask(QUESTION, with_text(llm, text), max_tokens=4).citations
+    assert llm.heads() is found
+    assert "LONGSPAN_CACHE" in told[-1] and "looks for them again" in told[-1] and len(told) == 2

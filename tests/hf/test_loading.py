@@ -1,12 +1,13 @@
 """What can't be loaded is told in one line that names the fix."""
 
 import json
+import logging
 
 import pytest
 import torch
 
 from longspan.errors import ModelError, UnknownNameError, UsageError
-from longspan.hf.loading import load, pick_device, pick_dtype
+from longspan.hf.loading import _quiet, load, pick_device, pick_dtype
 from tiny_llama import save_model, save_tokenizer
 
 
@@ -60,6 +61,24 @@ def test_a_model_of_an_unknown_kind(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "notamodel"}))
     assert str(folder) in refused(ModelError, folder)
+
+
+def test_a_reason_that_takes_several_lines_is_told_in_one(tmp_path):
+    folder = save_model(tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    message = refused(ModelError, folder)
+    assert "tokenizer" in message and not message.endswith(":") and len(message) > 150
+
+
+def test_the_hubs_own_warnings_are_not_shown(caplog):
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    before = logging.getLogger("huggingface_hub").level
+    with _quiet():
+        hub.warning("Retrying in 1s [Retry 1/5].")
+    assert caplog.records == [] and logging.getLogger("huggingface_hub").level == before
+    hub.warning("not ours to hide")
+    assert len(caplog.records) == 1
 
 
 def test_a_file_that_is_no_model(tmp_path):

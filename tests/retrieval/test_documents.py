@@ -491,6 +491,9 @@ def test_standard_input(monkeypatch):
     assert read_documents(["-"]).documents[0].text == "default"
     monkeypatch.setattr(sys, "stdin", None)
     assert "no standard input" in refusal("-")
+    for nothing in (b"", b" \n\t\n"):
+        with pytest.raises(DocumentError, match=r"^-: standard input is empty: pipe a text into it$"):
+            read_documents(["-"], stdin=io.BytesIO(nothing))
 
 
 def test_progress_comes_before_the_reading(tmp_path):

@@ -62,7 +62,7 @@ def test_a_calibration_that_is_no_json_is_told(cache, content):
 
 def test_a_cache_that_can_not_be_written_is_told(cache):
     cache.write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match="can't store the calibration"):
+    with pytest.raises(ModelError, match=r"can't store the calibration.*\(set LONGSPAN_CACHE\)"):
         heads.store(FINGERPRINT, HEADS, {})
 
 

@@ -108,3 +108,18 @@ def test_files_of_others_are_left_alone(store: SessionStore) -> None:
         "other.json",
         "model.safetensors",
     }
+
+
+def test_whether_it_can_be_saved_is_known_before(store: SessionStore) -> None:
+    store.check_writable("one")
+    assert list(store.root.iterdir()) == []
+    folder = save(store)
+    before = sorted(folder.iterdir())
+    store.check_writable("one")
+    assert sorted(folder.iterdir()) == before
+    with pytest.raises(UsageError, match="can't name"):
+        store.check_writable("a/b")
+    (store.root.parent / "file").write_text("mine")
+    for root in (store.root.parent / "file", store.root.parent / "file" / "below"):
+        with pytest.raises(SaveError, match=r"can't save session 'one' in .*LONGSPAN_SESSIONS"):
+            SessionStore(root).check_writable("one")

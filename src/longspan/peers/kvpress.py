@@ -55,7 +55,6 @@ class Model:
         self.device = torch.device(device)
         self.model = load(folder, dtype=getattr(torch, dtype)).to(self.device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.presses = presses()
 
     @torch.inference_mode()
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class Model:
         cache = DynamicCache()
         # What observes attention needs it written out; the others are told to transformers' fastest.
         self.model.set_attn_implementation("eager" if name == "observed_attention" else "sdpa")
-        press = self.presses[name](1 - 1 / ratio) if name else None
+        press = presses()[name](1 - 1 / ratio) if name else None
         context = torch.tensor([asked["tokens"]], device=self.device)
         with press(self.model) if press else contextlib.nullcontext():
             self.model.model(input_ids=context, past_key_values=cache)
@@ -131,12 +130,12 @@ class Model:
 
 def main() -> None:
     """Load the model, say so, and answer until standard input ends."""
-    model = Model(*sys.argv[1:4])
+    model, known = Model(*sys.argv[1:4]), presses()
     say({name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch")})
     for line in sys.stdin:
         asked = json.loads(line)
-        if asked["press"] and asked["press"] not in model.presses:
-            say({"error": f"unknown press {asked['press']!r}: use {', '.join(model.presses)}"})
+        if asked["press"] and asked["press"] not in known:
+            say({"error": f"unknown press {asked['press']!r}: use {', '.join(known)}"})
             continue
         say(model.answer(asked))
 

@@ -44,7 +44,7 @@ class Peer:
         if not model.exists():
             raise UsageError(f"{model} does not exist: give --peer-model what {name} should load")
         self.name = name
-        program = Path(__file__).with_name(PROGRAMS[name])
+        program = Path(__file__).parent / PROGRAMS[name]
         # -P: the program's own folder must not be searched for the library it is named after.
         command = [str(python), "-P", str(program), str(model), *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
