@@ -11,9 +11,11 @@ from longspan.engine import kept_layers
 from longspan.engine.kv_context import KVContext
 from longspan.errors import PoolExhaustedError, UsageError
 from longspan.evals.haystack import prose
+from longspan.hf.loading import load
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.retrieval.heads import RetrievalHeads
+from tiny_hybrid import save_hybrid
 from tiny_llama import CHUNK, WINDOW
 
 HEADS = RetrievalHeads(((1, 0), (2, 1), (2, 3)))
@@ -290,6 +292,27 @@ def test_documents_that_can_not_be_kept_leave_the_session_as_it_was(tiny, calibr
         llm.read(session, [tmp_path / "long.txt"])
     assert len(session.documents) == 1
     assert llm.ask(QUESTION, session, max_tokens=4).text == said
+
+
+@pytest.mark.parametrize("family,spec", [("nemotron_h", SPECS[0]), ("lfm2", SPECS[3])])
+def test_states_of_hybrid_models_go_with_rows_that_stay(tmp_path, tokens, family, spec):
+    model = load(str(save_hybrid(tmp_path / family, family)), device="cpu", dtype=torch.float32)
+    context = read(model, spec, tokens[:600])
+    assert all(kv.total == 150 * 2 for kv in context.kept.layers)
+    rows, first = held(context), context.step(tokens[600:640])
+    context.step(tokens[3:4])
+    context.truncate(600)
+    again = KVContext(model, parse(spec))
+    again.restore(tokens[:600], context.tensors())
+    fork = context.fork()
+    context.extend(tokens[600:900])
+    for one in (fork, again):
+        assert held(one) == rows
+        torch.testing.assert_close(one.step(tokens[600:640]), first, atol=1e-4, rtol=1e-4)
+        one.truncate(600)
+        one.extend(tokens[600:900])
+        assert held(one) == held(context)
+    assert context.recurrence.positions == [900]
 
 
 def test_who_evicts_reads_documents_itself(tiny):

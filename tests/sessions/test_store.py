@@ -259,7 +259,7 @@ def test_what_is_null_is_as_good_as_none(store: SessionStore) -> None:
     store.load("one", IDENTITY | {"later": None})
     with pytest.raises(SessionMismatchError, match="no later, and later = 1 is asked for"):
         store.load("one", IDENTITY | {"later": 1})
-    with pytest.raises(SessionMismatchError, match='model = ".*", and no model is asked for'):
+    with pytest.raises(SessionMismatchError, match=r'model = ".*", and no model is asked for'):
         store.load("one", {"model": None})
 
 

@@ -1,17 +1,22 @@
-"""Prefill and decode of a whole model, beside plain transformers in the same run.
+"""Prefill and decode of a whole model, beside plain transformers, and llama.cpp where asked, in the same run.
 
     python -m longspan.bench.model --lengths 1K,4K,8K --json
+    python -m longspan.bench.model --mechanisms "dense quest:budget=1024" --prefill xattention --lengths 8000 \\
+        --peer-python peer/bin/python --peer-model SmolLM2-135M-Instruct.Q4_1.gguf
 
-The same weights, the same tokens, the same type. Each mechanism that is exact must give transformers' logits before it
-is timed. Times are medians; runs of the two sides alternate, so that a busy machine slows both. It measures no quality.
+The same weights, the same tokens, for transformers the same number type. Each mechanism that is exact must give
+transformers' logits before it is timed, and llama.cpp must continue the text with the same first token. Times are
+medians; runs of all sides alternate, so that a busy machine slows each. It measures no quality.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +34,12 @@ from longspan.evals.haystack import prose
 from longspan.hf.loading import plain_transformers
 from longspan.hf.model import CausalModel
 from longspan.lengths import lengths_of
+from longspan.peers.process import Peer
 
 _DECODED = 24
+
+Times = tuple[float, float | None]
+"""Seconds of prefill, and of a decoded token (None: this side does not decode)."""
 
 
 def _ours(llm: LLM, mechanism: Mechanism, tokens: list[int]) -> tuple[float, float | None, Tensor | None]:
@@ -86,40 +95,50 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(2e-3, 6 * torch.finfo(dtype).eps)
 
 
-def measure(llm: LLM, plain: Any, specs: list[str], length: int, repeats: int) -> list[dict[str, Any]]:
-    """Return a row a mechanism at one length: tokens/s of both sides and their ratios."""
+def measure(
+    llm: LLM, plain: Any, specs: list[str], length: int, repeats: int, peer: Peer | None = None
+) -> list[dict[str, Any]]:
+    """Return a row a mechanism at one length: tokens/s of all sides, and the ratio of ours to each other's."""
     model: CausalModel = llm.model
     tokens = model.tokens(prose()[: length * 8])[:length]
     rows = []
     for spec in specs:
         mechanism = parse(spec)
-        mine, others = [], []
+        mine: list[Times] = []
+        others: dict[str, list[Times]] = {}
         for _ in range(repeats):
-            mine.append(_ours(llm, mechanism, tokens))
-            others.append(_theirs(plain, tokens))
-        if mechanism.exact:
-            difference = float((mine[0][2] - others[0][2]).abs().max())  # type: ignore[operator]
-            if not difference < _tolerance(model.dtype) * float(others[0][2].abs().max()):
-                raise AssertionError(f"{spec} differs from transformers by {difference}: a wrong result is not timed")
-        prefill = [length / seconds for seconds, _, _ in mine]
-        their_prefill = [length / seconds for seconds, _, _ in others]
-        row: dict[str, Any] = {
-            "mechanism": spec,
-            "length": length,
-            "prefill_tokens_per_s": round(statistics.median(prefill), 1),
-            "transformers_prefill_tokens_per_s": round(statistics.median(their_prefill), 1),
-            "prefill_ratio": round(statistics.median(a / b for a, b in zip(prefill, their_prefill, strict=True)), 2),
-        }
-        decode = [1 / step for _, step, _ in mine if step]
-        if decode:
-            theirs = [1 / step for _, step, _ in others]
-            row |= {
-                "decode_tokens_per_s": round(statistics.median(decode), 1),
-                "transformers_decode_tokens_per_s": round(statistics.median(theirs), 1),
-                "decode_ratio": round(statistics.median(a / b for a, b in zip(decode, theirs, strict=True)), 2),
-            }
-        rows.append(row)
+            prefill, step, logits = _ours(llm, mechanism, tokens)
+            mine.append((prefill, step))
+            other_prefill, other_step, wanted = _theirs(plain, tokens)
+            others.setdefault("transformers", []).append((other_prefill, other_step))
+            if mechanism.exact and llm.prefill_by is None and logits is not None:
+                difference = float((logits - wanted).abs().max())
+                if not difference < _tolerance(model.dtype) * float(wanted.abs().max()):
+                    raise AssertionError(f"{spec} differs from transformers by {difference}: not timed")
+            if peer is not None:
+                found = peer.ask({"tokens": tokens, "decode": _DECODED})
+                if found["tokens"][0] not in wanted.topk(3).indices.tolist():  # its weights are rounded otherwise
+                    raise AssertionError(f"{peer.name} continues by another token than transformers: not timed")
+                others.setdefault("llama_cpp", []).append((found["prefill_s"], found["decode_s"]))
+        rows.append({"mechanism": spec, "length": length, **_speeds(length, mine, others)})
     return rows
+
+
+def _speeds(length: int, mine: list[Times], others: dict[str, list[Times]]) -> dict[str, float]:
+    """Return medians of tokens/s of each side, and of the ratios of runs that stood beside one another."""
+    row = {"prefill_tokens_per_s": round(statistics.median(length / prefill for prefill, _ in mine), 1)}
+    decodes = all(step for _, step in mine)
+    if decodes:
+        row["decode_tokens_per_s"] = round(statistics.median(1 / step for _, step in mine if step), 1)
+    for name, theirs in others.items():
+        ratio = "ratio" if name == "transformers" else f"ratio_{name}"
+        row[f"{name}_prefill_tokens_per_s"] = round(statistics.median(length / prefill for prefill, _ in theirs), 1)
+        row[f"prefill_{ratio}"] = round(statistics.median(b[0] / a[0] for a, b in zip(mine, theirs, strict=True)), 2)
+        if decodes:
+            row[f"{name}_decode_tokens_per_s"] = round(statistics.median(1 / step for _, step in theirs if step), 1)
+            pairs = [(a[1], b[1]) for a, b in zip(mine, theirs, strict=True) if a[1] and b[1]]
+            row[f"decode_{ratio}"] = round(statistics.median(b / a for a, b in pairs), 2)
+    return row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,20 +154,34 @@ def _main(arguments: list[str]) -> int:
         lengths="1K,4K,8000",
     )
     made.add_argument("--dtype", choices=DTYPES, help="default: what the device is best at")
+    made.add_argument(
+        "--prefill", metavar="SPEC", help="by what ours reads, such as xattention; default: as it attends"
+    )
+    made.add_argument("--peer-python", type=Path, metavar="FILE", help="an interpreter that has llama-cpp-python")
+    made.add_argument("--peer-model", type=Path, metavar="FILE.gguf", help="what llama.cpp loads")
     made.add_argument("--repeats", type=int, default=3, metavar="N", help="of which medians; default: %(default)s")
     given = made.parse_args(arguments)
     specs, lengths = specs_of(given.mechanisms), lengths_of(given.lengths)
     if given.repeats < 1:
         raise UsageError(f"--repeats {given.repeats} measures nothing: give at least 1")
-    llm = LLM(given.model, device=given.device, dtype=DTYPES.get(given.dtype))
+    if (given.peer_python is None) != (given.peer_model is None):
+        raise UsageError("llama.cpp needs both --peer-python and --peer-model")
+    llm = LLM(given.model, device=given.device, dtype=DTYPES.get(given.dtype), prefill=given.prefill)
     plain = plain_transformers(llm.model)
     rows = []
-    for length in lengths:
-        rows += measure(llm, plain, specs, length, given.repeats)
-        say(f"{length} done")
+    told: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        peer = None
+        if given.peer_python is not None:
+            room, threads = max(lengths) + 2 * _DECODED, torch.get_num_threads()
+            peer = Peer("llama.cpp", given.peer_python, given.peer_model, [str(room), str(threads)])
+            told["llama.cpp"] = stack.enter_context(peer).about
+        for length in lengths:
+            rows += measure(llm, plain, specs, length, given.repeats, peer)
+            say(f"{length} done")
     if given.json:
         about = environment(llm.model.device, "longspan.bench.model", arguments)
-        about |= {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}
+        about |= told | {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}
         print(json.dumps({**about, "rows": rows}))
         return 0
     for row in rows:
