@@ -48,7 +48,13 @@ def needle() -> str:
     for name in dict.fromkeys(line["mechanism"] for line in lines):
         cells = [found.get((name, length)) for length in lengths]
         rows.append([f"`{name}`", *(f"{c['right']}/{c['questions']}" if c else "" for c in cells)])
-    return _markdown(["mechanism", *lengths], rows)
+    return _markdown(["mechanism", *map(_long, lengths)], rows)
+
+
+def _long(length: str) -> str:
+    """Return a length in thousands of 1024 as people say it: `1M` for `1024K`."""
+    thousands = int(length[:-1])
+    return f"{thousands // 1024}M" if thousands % 1024 == 0 else length
 
 
 def needle_kinds() -> str:
@@ -56,7 +62,7 @@ def needle_kinds() -> str:
     rows = [
         [
             line["kind"],
-            line["length"],
+            _long(line["length"]),
             *(f"{line[key]}/{line['questions']}" for key in ("right", "own_words", "ranked_first", "cited")),
         ]
         for line in _needles()
@@ -66,30 +72,83 @@ def needle_kinds() -> str:
 
 
 def speed() -> str:
-    """Prefill and decode beside plain transformers in the same run."""
+    """Prefill and decode beside plain transformers, and llama.cpp, in the same run."""
     result = json.loads((RESULTS / "model-cpu.json").read_text(encoding="utf-8"))
+    others = {"": "transformers", "_llama_cpp": "llama.cpp"}
+    there = [key for key in others if any(f"prefill_ratio{key}" in row for row in result["rows"])]
     rows = []
     for row in result["rows"]:
-        decode = row.get("decode_tokens_per_s")
-        rows.append(
-            [
-                f"`{row['mechanism']}`",
-                str(row["length"]),
-                f"{row['prefill_tokens_per_s']:.0f}",
-                f"{row['prefill_ratio']:.2f}",
-                f"{decode:.1f}" if decode else "",
-                f"{row['decode_ratio']:.2f}" if decode else "",
-            ]
-        )
-    head = [
-        "mechanism",
-        "tokens",
-        "prefill tokens/s",
-        "ratio to transformers",
-        "decode tokens/s",
-        "ratio to transformers",
+        line = [f"`{row['mechanism']}`", str(row["length"])]
+        for what, digits in (("prefill", 0), ("decode", 1)):
+            cells = [(f"{what}_tokens_per_s", digits), *((f"{what}_ratio{key}", 2) for key in there)]
+            line += [f"{row[key]:.{places}f}" if key in row else "" for key, places in cells]
+        rows.append(line)
+    head = ["mechanism", "tokens"]
+    for what in ("prefill", "decode"):
+        head += [f"{what} tokens/s", *(f"ratio to {others[key]}" for key in there)]
+    about = f"{result['device']}, {result.get('dtype', 'float32')}, torch {result['torch']}; `{result['command']}`"
+    return _markdown(head, rows) + f"\n{about}\n"
+
+
+def _compressed() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "compress-h200.json").read_text(encoding="utf-8"))
+    return found
+
+
+def compress() -> str:
+    """Ways to keep fewer bytes, ours and kvpress', by ratio: the best scores first."""
+    result = _compressed()
+    rows = [
+        [
+            f"{row['ratio']:g}",
+            row["who"],
+            f"`{row['way']}`",
+            f"{row['kept_share']:.1%}",
+            f"{100 * row['score']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f})",
+            f"{row['perplexity_ratio']:.3f}",
+            f"{row['agreement']:.1%}",
+        ]
+        for row in sorted(result["rows"], key=lambda row: (row["ratio"], -row["score"], row["perplexity_ratio"]))
     ]
-    return _markdown(head, rows) + f"\n{result['device']}, torch {result['torch']}; `{result['command']}`\n"
+    head = ["ratio", "who", "way", "bytes kept", "score (95 %)", "perplexity / dense", "tokens as dense"]
+    of = result["of"]
+    said = (
+        f"\n{of['length']:,} tokens of context, {of['questions']} questions of each of {len(of['tasks'])} tasks, "
+        f"{of['texts']} texts; {result['model']}, {result['dtype']}, {result['device']}, kvpress "
+        f"{result['kvpress']['kvpress']}; `{result['command']}`\n"
+    )
+    return _markdown(head, rows) + said
+
+
+CLAIMS = {
+    "streaming": ("streaming", "constant memory; perplexity stable to 4M tokens"),
+    "h2o": ("h2o", "a fifth of the keys, accuracy comparable to all of them"),
+    "snapkv": ("snapkv", "8.2 times less memory at 16K tokens, negligible loss"),
+    "rocketkv": ("rocketkv", "up to 400 times fewer keys read, negligible loss"),
+    "keydiff": ("keydiff", "23 % fewer keys within 0.04 % of dense on LongBench"),
+    "KIVI": ("int2", "2 bits: 2.6 times less peak memory, almost the same quality"),
+}
+"""Methods of the survey literature: which of our ways it is, and what its own paper claims."""
+
+
+def survey() -> str:
+    """What papers claim beside what we measured: loss against dense at the ratios that were measured."""
+    result = _compressed()
+    dense = next(row for row in result["rows"] if row["way"] == "dense" and row["who"] == "longspan")
+    rows = []
+    for method, (way, claim) in CLAIMS.items():
+        own = [row for row in result["rows"] if row["who"] == "longspan" and row["way"] == way]
+        for row in sorted(own, key=lambda row: row["ratio"]):
+            rows.append(
+                [
+                    method,
+                    claim,
+                    f"{1 / row['kept_share']:.1f}x",
+                    f"{100 * (row['score'] - dense['score']):+.1f} points",
+                    f"{100 * (row['perplexity_ratio'] - 1):+.1f} %",
+                ]
+            )
+    return _markdown(["method", "its paper says", "fewer bytes, here", "score, here", "perplexity, here"], rows)
 
 
 def compare() -> str:

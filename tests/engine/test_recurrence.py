@@ -354,6 +354,8 @@ def test_ctrl_c_leaves_pages_and_states_together(nemotron, tokens, often, monkey
         signal.signal(signal.SIGINT, before)
     assert 200 <= context.length < 700 and context.tokens == tokens[: context.length]
     whole(context)
+    if at == "update":
+        assert context.length == 3 * CHUNK, "a chunk whose state was taken is not read in vain"
     context.extend(tokens[context.length : 700])
     straight = new(nemotron, spec)
     straight.extend(tokens[:700])
@@ -557,6 +559,27 @@ def test_cold_pages_are_demoted_beside_states(nemotron, tokens, often, monkeypat
         assert budget.used <= limit
         tight.truncate(2000)
     whole(tight)
+
+
+def test_a_state_larger_than_pages_finds_room_beside_them(tmp_path, tokens, often):
+    folder = save_hybrid(tmp_path / "wide", "nemotron_h", ssm_state_size=128, mamba_head_dim=16)
+    model = load(str(folder), device="cpu", dtype=torch.float32)
+    tree, prefill = make("tree", window=80), make("streaming", window=100)
+    probe = KVContext(model, tree, prefill)
+    state, page = probe.recurrence.state_bytes, sum(kv.pool.least_bytes for kv in probe.layers)
+    assert state > 3 * page
+    budget = Budget(2 * state + 14 * page, "KV")
+    context = KVContext(model, tree, prefill, budget=budget)
+    for start in range(0, 1000, 100):
+        context.extend(tokens[start : start + 100])
+        for _ in range(2):
+            # Two states: that of the documents' end, and the latest.
+            context.step(tokens[:20])
+            context.step([7])
+            whole(context)
+            assert budget.used == context.nbytes <= budget.limit
+            context.truncate(start + 100)
+    assert any(kv.readable() is not None for kv in context.layers)
 
 
 def test_a_fork_that_the_budget_does_not_hold_takes_nothing(nemotron, tokens):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,8 +24,9 @@ from torch import Tensor
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
 from longspan.attention.dense import Dense
 from longspan.attention.keeping import rows_to_keep
+from longspan.attention.row_attention import attend_rows, own_count, sides
 from longspan.errors import UsageError
-from longspan.kernels.partial_attention import merge_partials, partial_attention
+from longspan.kernels.partial_attention import partial_attention
 from longspan.kv.base import LayerKV
 from longspan.kv.kept import KeptKV
 from longspan.kv.rows import KeptRows, Learned
@@ -71,6 +71,7 @@ class Evicting(Mechanism):
     evicts: ClassVar[bool] = True
     bounded_memory: ClassVar[bool] = True
     decode_order: ClassVar[str] = "1"
+    gpu_tile: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         """Refuse options out of range."""
@@ -148,7 +149,7 @@ class Evicting(Mechanism):
         count = q.shape[2]
         token, row, known = rows.length - count, rows.held - count, rows.learned
         outs = []
-        for start, stop, own in _sides(rows, token, count):
+        for start, stop, own in sides(rows, token, count):
             part = q[:, :, start:stop]
             turned = part if rows.rotary is None else rows.rotary.range(part, (token if own else row) + start)
             k = rows.keys_as_read(row + stop, own).to(q.dtype)
@@ -177,10 +178,9 @@ class Evicting(Mechanism):
         """
         if kv.total <= keep * kv.kv_heads and (most is None or kv.held <= most):
             return
-        own = bool(_own(kv.groups[0], kv.length, 1))
         kv.keep(
             rows_to_keep(
-                [self.scores(rows, own) for rows in kv.groups],
+                [self.scores(rows, bool(own_count(rows, kv.length, 1))) for rows in kv.groups],
                 keep,
                 sinks=self.sinks,
                 window=self.window,
@@ -255,50 +255,3 @@ class Evicting(Mechanism):
             kept_bytes=keys * (shape.token_bytes + 8 * shape.kv_heads) + self.learned_bytes(keys, shape),
             decode_keys=keys,
         )
-
-
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: int = 256) -> tuple[Tensor, Tensor]:
-    """Attend causally from the last T rows to all rows.
-
-    Args:
-        q: `[1, Hq, T, D]`, rotated to where they read.
-        k: `[1, Hkv, N, D]`, rotated to where they are read; the last T are those of the queries.
-        v: `[1, Hkv, N, Dv]`.
-        scale: what scores are multiplied by.
-        tile: queries that are read together.
-
-    Returns:
-        `(out [1, Hq, T, Dv], lse [1, Hq, T])`.
-    """
-    count, before = q.shape[2], k.shape[2] - q.shape[2]
-    if count == 1:
-        return partial_attention(q, k, v, scale=scale)
-    parts = []
-    for start in range(0, count, tile):
-        stop = min(start + tile, count)
-        here = slice(before + start, before + stop)
-        triangle = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).tril()
-        part = partial_attention(q[:, :, start:stop], k[:, :, here], v[:, :, here], triangle, scale=scale)
-        if before + start:
-            past = partial_attention(
-                q[:, :, start:stop], k[:, :, : before + start], v[:, :, : before + start], scale=scale
-            )
-            part = merge_partials(torch.stack([past[0], part[0]]), torch.stack([past[1], part[1]]))
-        parts.append(part)
-    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
-
-
-def _own(rows: KeptRows, token: int, count: int) -> int:
-    """Return how many of the queries from `token` on read keys at their own positions: the first so many."""
-    trained = None if rows.rotary is None else rows.rotary.trained_length
-    # Before anything was evicted, a row's place is its position.
-    return count if trained is None or not rows.evicted else min(max(0, trained - token), count)
-
-
-def _sides(rows: KeptRows, token: int, count: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield the stretches of `count` queries from `token` on that read at own positions, and those that do not."""
-    own = _own(rows, token, count)
-    if own:
-        yield 0, own, True
-    if own < count:
-        yield own, count, False

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import Shape, at_least
-from longspan.attention.evicting import Evicting, Reading, attend_rows
+from longspan.attention.evicting import Evicting, Reading
+from longspan.attention.row_attention import attend_rows
 from longspan.errors import UsageError
 from longspan.kernels.column_mass import column_mass
 from longspan.kv.rows import KeptRows, Learned

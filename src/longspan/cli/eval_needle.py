@@ -18,9 +18,7 @@ EXAMPLE = 'longspan eval needle --lengths 4K,16K --mechanisms "streaming retriev
 
 
 def needle(
-    files: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILES]", help="Files to merge (with --merge).")
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILES]", help="Files to merge (with --merge).")] = None,
     model: options.Model = None,
     mechanisms: Annotated[
         str,

@@ -181,7 +181,7 @@ class KVContext(Context):
         assert left is not None, "only a limited budget is settled"
         if self.recurrence.state_bytes:
             self.recurrence.shrink(SHARE * (spent + left))
-            left = (self.budget.left or 0) - self.recurrence.state_bytes
+            left = (self.budget.left or 0) - self.recurrence.due
         pages = -(-(self.length + new) // PAGE)
         # Documents and questions may be read by different mechanisms: what either of them reads exactly stays.
         readers = (self.mechanism, self.prefill or newest(self.model, PREFILL_WINDOW))

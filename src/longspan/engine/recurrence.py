@@ -16,7 +16,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from longspan.errors import PoolExhaustedError, SessionCorruptError
+from longspan.errors import SessionCorruptError
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.kv.pages import PagedKV
@@ -69,6 +69,11 @@ class Recurrence:
         return 0 if self._kept is None else self._kept.nbytes
 
     @property
+    def due(self) -> int:
+        """Bytes that the next state adds."""
+        return 0 if self._kept is None or self._kept.replaces else self.state_bytes
+
+    @property
     def committed(self) -> int:
         """Tokens that were read for good, where states are kept of them."""
         return 0 if self._kept is None else self._kept.committed
@@ -88,16 +93,8 @@ class Recurrence:
 
     def take(self, length: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `length` tokens (PoolExhaustedError: there is no room for it; nothing was changed)."""
-        if self._kept is None:
-            return
-        wanted = {name: state[name] for name in self.spec}
-        while True:
-            try:
-                self._kept.update(length, wanted)
-                return
-            except PoolExhaustedError:
-                if not self._kept.thin():
-                    raise
+        if self._kept is not None:
+            self._kept.update(length, {name: state[name] for name in self.spec})
 
     def commit(self) -> None:
         """Say that the tokens so far were read for good."""
@@ -109,9 +106,9 @@ class Recurrence:
         return length if self._kept is None else self._kept.truncate(min(length, self._kept.length))
 
     def make_room(self, needed: int) -> None:
-        """Give up checkpoints until `needed` bytes and one more state fit the budget, as far as that goes."""
+        """Give up checkpoints until `needed` bytes and the next state fit the budget, as far as that goes."""
         if self._kept is not None:
-            while (left := self._kept.budget.left) is not None and left < needed + self.state_bytes:
+            while (left := self._kept.budget.left) is not None and left < needed + self.due:
                 if not self._kept.thin():
                     return
 

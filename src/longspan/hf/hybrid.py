@@ -27,8 +27,8 @@ _RECURS = {"linear_attention", "conv", "hybrid"}
 _NEITHER = {"moe", "mlp"}
 _TOKENS, _PIECES = 7, (4, 1, 2)
 _APART = 0.03
-"""Relative distance of two states that counts as another state: in tiny models, rounding to bfloat16 makes at most 0.002
-in a first layer, and one that forgets what came before (jamba's) 0.06."""
+"""Relative distance of two states that counts as another state: in a tiny model's first layer, rounding to bfloat16
+makes at most 0.002, and forgetting what came before (jamba's does) 0.06."""
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of each tensor of a state."""

@@ -23,6 +23,7 @@ from longspan import settings
 from longspan.errors import ModelError, UnknownNameError, UsageError
 from longspan.hf import attention, catalogue, hybrid
 from longspan.hf.model import CausalModel
+from longspan.hf.one_token import use_one_token_linear
 
 Say = Callable[[str], None]
 
@@ -81,7 +82,9 @@ def load(
         except Exception as error:
             raise ModelError(f"can't load {name}: {_first_line(error)}") from error
         del told
-    return CausalModel(name, model.to(on).eval(), tokenizer)
+    model = model.to(on).eval()
+    use_one_token_linear(model)
+    return CausalModel(name, model, tokenizer)
 
 
 def plain_transformers(model: CausalModel) -> Any:

@@ -61,6 +61,11 @@ class StateCheckpoints:
         """Bytes of the states kept."""
         return sum(state.nbytes for state in self._kept.values())
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the next state takes the place of the latest one; else both stay."""
+        return self._length in self._kept and not self._lasting(self._length)
+
     def next_stop(self) -> int:
         """Return the next length at which a checkpoint is due: a chunk must not run past it before `update`."""
         step = self.every * PAGE
@@ -75,7 +80,7 @@ class StateCheckpoints:
             PoolExhaustedError: the budget has no room for it; nothing was changed.
         """
         assert self._length < length <= self.next_stop(), f"a state at {length} after {self._length}"
-        old = self._length if self._length in self._kept and not self._lasting(self._length) else None
+        old = self._length if self.replaces else None
         size = sum(tensor.nbytes for tensor in state.values())
         self._charge(size, [] if old is None else [old])
         if old is not None:
