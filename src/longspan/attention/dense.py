@@ -37,8 +37,8 @@ class Dense(Mechanism):
         count = q.shape[2]
         stop = first + count
         q = kv.queries_at(q, torch.arange(first, stop))
-        k = kv.keys_at_own_positions(0, stop).to(q.dtype)
-        v = kv.values(0, stop).to(q.dtype)
+        k = kv.keys_at_own_positions(0, stop)
+        v = kv.values(0, stop)
         if count == 1:
             return partial_attention(q, k, v, scale=scale)[0]
         triangle = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()

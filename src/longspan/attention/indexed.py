@@ -108,8 +108,8 @@ def _attend_gathered(
     k, v = kv.gather(index.reshape(batch, kv_heads, count * reads), rotated=own)
     # Each (KV head, query) is a batch entry of its own, whose queries are the heads of its group.
     rows = batch * kv_heads * count
-    k = k.to(q.dtype).reshape(rows, 1, reads, dim)
-    v = v.to(q.dtype).reshape(rows, 1, reads, -1)
+    k = k.reshape(rows, 1, reads, dim)
+    v = v.reshape(rows, 1, reads, -1)
     if kv.rotary is not None:
         if own:
             q = kv.rotary.range(q, first)
@@ -163,8 +163,8 @@ def _attend_masked(q: Tensor, kv: LayerKV, first: int, mask: Tensor, scale: floa
     stop = first + count
     if kv.rotary is not None:
         q = kv.rotary.range(q, first)
-    k = kv.keys_at_own_positions(0, stop).to(q.dtype)
-    v = kv.values(0, stop).to(q.dtype)
+    k = kv.keys_at_own_positions(0, stop)
+    v = kv.values(0, stop)
     kv_heads = k.shape[1]
     if mask.shape[1] == 1:
         return partial_attention(q, k, v, mask, scale=scale)

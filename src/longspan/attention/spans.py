@@ -62,8 +62,8 @@ def attend_spans(
                 begin, end = lo[b, h, chosen], hi[b, h, chosen]
                 start, stop = int(begin.min()), int(end.max()) + 1
                 keys_at = torch.arange(start, stop, device=q.device)
-                k = _keys(kv, start, stop)[b : b + 1, h : h + 1].to(q.dtype)
-                v = kv.values(start, stop)[b : b + 1, h : h + 1].to(q.dtype)
+                k = _keys(kv, start, stop)[b : b + 1, h : h + 1]
+                v = kv.values(start, stop)[b : b + 1, h : h + 1]
                 mask = (keys_at >= begin.unsqueeze(1)) & (keys_at <= end.unsqueeze(1))
                 part, part_lse = partial_attention(rows[b, h, chosen][None, None], k, v, mask, scale=scale)
                 out[b, h, chosen], lse[b, h, chosen] = part[0, 0], part_lse[0, 0]

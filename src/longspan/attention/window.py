@@ -34,8 +34,8 @@ def attend_window(q: Tensor, kv: LayerKV, first: int, window: int | Tensor, scal
     at = torch.arange(first, stop, device=q.device)
     keys_at = torch.arange(oldest, stop, device=q.device)
     q = kv.queries_at(q, at)
-    k = kv.keys_at_own_positions(oldest, stop).to(q.dtype)
-    v = kv.values(oldest, stop).to(q.dtype)
+    k = kv.keys_at_own_positions(oldest, stop)
+    v = kv.values(oldest, stop)
     if q.shape[2] == 1:
         return partial_attention(q, k, v, scale=scale)
     mask = (keys_at <= at.unsqueeze(1)) & (keys_at > (at - spread.to(q.device)).unsqueeze(1))
@@ -65,10 +65,10 @@ def attend_far(
     at = torch.arange(first, stop)
     mask = far <= at.unsqueeze(1) - window
     older = mask.sum(1)
-    k = kv.gather_keys(far).to(q.dtype)
+    k = kv.gather_keys(far)
     if kv.rotary is not None:
         k = kv.rotary.range(k, 0)
-    v = kv.gather_values(far).to(q.dtype)
+    v = kv.gather_values(far)
     q = kv.queries_at(q, older + torch.clamp(at + 1, max=window) - 1)
     whole = bool(mask.all())
     return partial_attention(q, k, v, None if whole else mask.to(q.device), scale=scale)

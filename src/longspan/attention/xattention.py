@@ -153,7 +153,7 @@ class XAttention(Mechanism):
         count = q.shape[2]
         triangle = torch.ones(self.block, self.block, dtype=torch.bool, device=q.device).tril()
         # Blocks become entries of the batch.
-        q, k, v = (x.unflatten(2, (-1, self.block)).transpose(1, 2).flatten(0, 1) for x in (q, k.to(q), v.to(q)))
+        q, k, v = (x.unflatten(2, (-1, self.block)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         out, lse = partial_attention(q, k, v, triangle, scale=scale)
         batch = q.shape[0] * self.block // count
         out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
@@ -181,8 +181,7 @@ class XAttention(Mechanism):
                     for at in some.split(max(1, _PIECE // (number * self.block * dim))):
                         blocks = first[b, h, at, :number].flatten()
                         part_k, part_v = (
-                            x.index_select(0, blocks).view(len(at), 1, number * self.block, -1).to(q.dtype)
-                            for x in (keys, values)
+                            x.index_select(0, blocks).view(len(at), 1, number * self.block, -1) for x in (keys, values)
                         )
                         part = partial_attention(rows[b, h, at].unsqueeze(1), part_k, part_v, scale=scale)
                         out[b, h, at], lse[b, h, at] = part[0].squeeze(1), part[1].squeeze(1)

@@ -1,10 +1,14 @@
 """Attention over a part of the keys through PyTorch's blocked CPU kernel, faster than the plain version.
 
 PyTorch's public `scaled_dot_product_attention` returns no log-sum-exp; the operator beneath it does. It serves float32
-on the CPU. Masked values that are not finite would reach its output (0 * NaN), so such inputs go to the reference.
+on the CPU. Keys and values that are held in bfloat16 stay so where the CPU multiplies bfloat16 natively: queries are
+rounded to it (they came from a model in bfloat16), sums are float32; elsewhere they are widened to float32.
+Masked values that are not finite would reach its output (0 * NaN), so such inputs go to the reference.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -19,7 +23,9 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         _FLASH is not None
         and q.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype == torch.float32
+        and q.dtype == torch.float32
+        and k.dtype == v.dtype
+        and k.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and q.shape[-1] == v.shape[-1]
         and k.shape[2] > 0
         and q.shape[2] > 0
@@ -31,6 +37,24 @@ def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from q to one part of the keys; arguments and results as in the reference."""
+    assert _FLASH is not None, "serves() was not asked"
+    if k.dtype == torch.bfloat16 and _native():
+        out, lse = _attend(q.to(k.dtype), k, v, mask, scale)
+        return out.to(q.dtype), lse.to(q.dtype)
+    return _attend(q, k.to(q.dtype), v.to(q.dtype), mask, scale)
+
+
+@functools.cache
+def _native() -> bool:
+    """Return whether this CPU multiplies bfloat16 by instructions of its own."""
+    return bool(
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend with q, k and v of one type."""
     assert _FLASH is not None, "serves() was not asked"
     batch, heads, queries, dim = q.shape
     kv_heads = k.shape[1]
