@@ -1,18 +1,23 @@
-"""Pages move between exact and summary by the attention they get, and the budget holds."""
+"""Pages move between resolutions by the attention they get, and the budget holds."""
+
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longspan.attention import make
 from longspan.attention.rebalance import PageMass, rebalance
 from longspan.errors import UsageError
 from longspan.kv.base import PAGE, SUMMARIES, TensorKV
 from longspan.kv.pages import PagedKV, PagePool
+from longspan.kv.resolving import Resolution
 from longspan.kv.rotary import Rotary
 
 
 class Resolving(TensorKV):
-    """Demoted pages hold NaN until they are promoted from the copy, if one was kept."""
+    """Demoted pages hold NaN until they are promoted from the copy, if one was kept; a page takes one byte."""
 
     def __init__(self, k, v, rotary=None):
         super().__init__(k.clone(), v.clone(), rotary)
@@ -26,6 +31,14 @@ class Resolving(TensorKV):
     def readable(self):
         return self.held
 
+    def ladder(self, formats):
+        return [Resolution("summary", 0, 0, 1.0), Resolution("exact", 64, 1, 0.0)]
+
+    def levels(self, ladder):
+        best = self.held.long()
+        best[list(self.exact)] = 1
+        return self.held.long(), best
+
     def _set(self, pages, k, v):
         for page in pages:
             part = slice(page * PAGE, (page + 1) * PAGE)
@@ -37,8 +50,8 @@ class Resolving(TensorKV):
         self.exact.update((page, page) for page in pages if keep_exact)
         self._set(pages, self._copy[0] * torch.nan, self._copy[1] * torch.nan)
 
-    def promote(self, pages):
-        assert all(self.exact.pop(page) == page and not self.held[page] for page in pages)
+    def promote(self, pages, to=None):
+        assert to is None and all(self.exact.pop(page) == page and not self.held[page] for page in pages)
         self.held[list(pages)] = True
         self._set(pages, *self._copy)
 
@@ -143,7 +156,7 @@ def test_hysteresis_leaves_pages_of_nearly_equal_mass_alone():
 
 def test_a_budget_that_does_not_hold_sinks_and_window_is_refused():
     kv = Resolving(*context())
-    with pytest.raises(UsageError, match="allow 6"):
+    with pytest.raises(UsageError, match="allow 6 or more"):
         rebalance(kv, torch.zeros(100), 5, window=300)
     with pytest.raises(UsageError, match="one entry"):
         rebalance(kv, torch.zeros(99), 50)
@@ -158,6 +171,10 @@ def paged(k, v, rotary):
     kv.append(k, v)
     kv.commit()
     return kv
+
+
+def page_bytes(kv):
+    return kv.ladder(())[-1].nbytes
 
 
 @pytest.mark.parametrize("holds", [Resolving, paged])
@@ -175,7 +192,7 @@ def test_a_page_that_becomes_hot_is_read_exactly_again_within_a_few_steps(rotary
     for _ in range(12):
         noise = torch.randn(1, 6, 1, 16, generator=gen, dtype=torch.float64)
         mechanism.attend(elsewhere - direction(k[:, :, hot * PAGE : (hot + 1) * PAGE]) + 0.3 * noise, kv)
-        rebalance(kv, kv.mass.pages(100), 30, window=300)
+        rebalance(kv, kv.mass.pages(100), 30 * page_bytes(kv), formats=(), window=300)
     assert not kv.readable()[hot] and kv.readable().sum() == 30
     wanted = direction(k[:, :, hot * PAGE : (hot + 1) * PAGE])
     exact = TensorKV(k, v, rotary)
@@ -185,7 +202,7 @@ def test_a_page_that_becomes_hot_is_read_exactly_again_within_a_few_steps(rotary
         errors.append(float((out - make("tree", window=128, beam=100, leaves=100).attend(wanted, exact)).norm()))
         if kv.readable()[hot]:
             break
-        rebalance(kv, kv.mass.pages(100), 30, window=300)
+        rebalance(kv, kv.mass.pages(100), 30 * page_bytes(kv), formats=(), window=300)
         assert kv.readable().sum() == 30
         steps += 1
     assert 1 <= steps <= 3 and kv.readable()[hot]
@@ -199,3 +216,118 @@ def test_several_queries_read_beside_demoted_pages():
     kv.demote(range(5, 60), "summary", keep_exact=True)
     last = mechanism.attend(q[:, :, -1:], kv)
     torch.testing.assert_close(mechanism.attend(q, kv)[:, :, -1:], last, atol=1e-10, rtol=1e-10)
+
+
+LADDER = ("summary", "int2", "int4", "fp64")
+
+
+def held(kv):
+    return [kv.resolution(page) for page in range(len(kv.table))]
+
+
+def spent(kv):
+    return kv.nbytes - kv.pool.marks.page_bytes * len(kv.table)
+
+
+def test_hot_pages_are_exact_warm_ones_in_four_bits_cold_ones_in_two_and_the_coldest_a_summary():
+    kv = paged(*context(40), None)
+    exact = page_bytes(kv)
+    mass = torch.logspace(0, -8, 40)
+    rebalance(kv, mass, 12 * exact, sinks=1, window=3 * PAGE)
+    levels = [LADDER.index(resolution) for resolution in held(kv)]
+    assert set(levels) == {0, 1, 2, 3} and levels[-4:] == [3] * 4
+    assert levels[:-4] == sorted(levels[:-4], reverse=True)
+    assert 11.5 * exact < spent(kv) <= 12 * exact
+    k, v = context(40)
+    readable = kv.readable()
+    assert readable.tolist() == [level > 0 for level in levels]
+    # What has become hot comes back to the bit, and no error of the resolutions between is left in it.
+    for _ in range(3):
+        rebalance(kv, mass.flip(0), 12 * exact, sinks=1, window=3 * PAGE)
+    after = [LADDER.index(resolution) for resolution in held(kv)]
+    assert after[1:-4] == sorted(after[1:-4]) and spent(kv) <= 12 * exact
+    for page, level in enumerate(after):
+        if level == 3:
+            part = slice(page * PAGE, min((page + 1) * PAGE, kv.length))
+            assert torch.equal(kv.keys(part.start, part.stop), k[:, :, part])
+            assert torch.equal(kv.values(part.start, part.stop), v[:, :, part])
+
+
+def error_of(ladder, levels, mass):
+    return sum(float(m) * ladder[level].error for m, level in zip(mass, levels, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(1e-3, 1.0), min_size=5, max_size=5), st.floats(0, 1))
+def test_no_other_choice_within_the_bytes_loses_less(mass, share):
+    kv = paged(*context(6), None)
+    ladder = kv.ladder(("int2", "int4"))
+    assert [resolution.name for resolution in ladder] == list(LADDER)
+    sizes = [resolution.nbytes for resolution in ladder]
+    budget = int((1 + 5 * share) * sizes[-1])
+    rebalance(kv, torch.tensor([*mass, 0.0]), budget, sinks=0, window=1)
+    levels = [LADDER.index(resolution) for resolution in held(kv)]
+    assert spent(kv) <= budget and levels[-1] == 3
+    found = error_of(ladder, levels[:-1], mass)
+    left = budget - sizes[-1]
+    largest = max(high - low for low, high in itertools.pairwise(sizes))
+    choices = list(itertools.product(range(4), repeat=5))
+    best = (
+        min(
+            error_of(ladder, choice, mass)
+            for choice in choices
+            if sum(sizes[level] for level in choice) <= left - largest
+        )
+        if left >= largest
+        else error_of(ladder, [0] * 5, mass)
+    )
+    assert found <= best + 1e-12
+    assert (
+        found
+        >= min(error_of(ladder, choice, mass) for choice in choices if sum(sizes[i] for i in choice) <= left) - 1e-12
+    )
+
+
+def test_pages_do_not_flap_between_resolutions():
+    kv = paged(*context(40), None)
+    budget = 12 * page_bytes(kv)
+    gen = torch.Generator().manual_seed(7)
+    mass = torch.rand(40, generator=gen) + 0.1
+    rebalance(kv, mass, budget, sinks=1, window=3 * PAGE)
+    before = held(kv)
+    for _ in range(10):
+        moves = rebalance(kv, mass * (1 + 0.2 * torch.rand(40, generator=gen)), budget, sinks=1, window=3 * PAGE)
+        assert moves.promoted == moves.demoted == () and held(kv) == before
+
+
+def test_what_no_copy_was_kept_of_is_only_demoted():
+    kv = paged(*context(40), None)
+    budget = 12 * page_bytes(kv)
+    rebalance(kv, torch.linspace(1, 2, 40), budget, sinks=1, window=3 * PAGE, keep_exact=False)
+    assert not kv.exact
+    before = [LADDER.index(resolution) for resolution in held(kv)]
+    moves = rebalance(kv, torch.linspace(2, 1, 40) ** 8, budget, sinks=1, window=3 * PAGE)
+    after = [LADDER.index(resolution) for resolution in held(kv)]
+    assert not moves.promoted and all(a <= b for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("own", ["fp8", "int4", "int4:rotate=false,residual=0,sinks=0", "int2"])
+def test_pages_in_a_smaller_format_are_demoted_and_come_back_as_they_were(own):
+    kinds = make("tree").summaries
+    pool = PagePool(2, 16, 16, torch.float64, torch.device("cpu"), summaries=kinds, kv_format=own)
+    kv = PagedKV(pool)
+    kv.append(*context(40))
+    kv.commit()
+    name = pool.format.name
+    before = held(kv)
+    k = kv.keys(0, kv.length).clone()
+    assert before[5:30] == [name] * 25
+    ladder = [resolution.name for resolution in kv.ladder(("int2", "int4"))]
+    assert ladder == ["summary", *(low for low in ("int2", "int4") if low < name[:4] or name == "fp8"), name, "fp64"]
+    window = 4 * PAGE
+    least = sum(pool.find(handle)[0].page_bytes for handle in [kv.table[0], *kv.table[35:]])
+    rebalance(kv, torch.linspace(1, 0.1, 40), least + 6 * pool.page_bytes(name), sinks=64, window=window)
+    assert set(held(kv)[1:35]) <= set(ladder[:-1]) and "summary" in held(kv)
+    for _ in range(3):
+        rebalance(kv, torch.ones(40), 10**9, sinks=64, window=window)
+    assert held(kv) == before and torch.equal(kv.keys(0, kv.length), k) and not kv.exact

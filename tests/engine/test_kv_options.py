@@ -44,18 +44,21 @@ def test_prefill_is_for_documents_and_not_for_questions(tiny, tokens, question):
     assert not torch.allclose(by_window.layers[-1].keys(0, 900), densely.layers[-1].keys(0, 900), atol=1e-3)
 
 
+@pytest.mark.parametrize("kv_format,most", [("fp8", 0.2), ("int8", 0.1), ("int4", 0.4)])
 @pytest.mark.parametrize("spec", [name for name, cls in mechanisms().items() if not cls.prefill_only])
-def test_fp8_changes_logits_a_little_and_halves_the_bytes(tiny, tokens, question, spec):
+def test_a_smaller_format_changes_logits_a_little_and_halves_the_bytes(tiny, tokens, question, spec, kv_format, most):
     spec = {"retrieval": "retrieval:read=place"}.get(spec, spec)
-    exact, rounded = read(tiny, spec, tokens[:900]), read(tiny, spec, tokens[:900], kv_format="fp8")
-    assert rounded.nbytes < 0.5 * exact.nbytes
+    exact, rounded = read(tiny, spec, tokens[:900]), read(tiny, spec, tokens[:900], kv_format=kv_format)
+    # With so small heads steps and centres take as much as numbers do; and a few pages stay exact.
+    assert rounded.nbytes < 0.6 * exact.nbytes
     one, other = exact.step(question), rounded.step(question)
     assert not torch.equal(one, other)
-    assert (one - other).norm() < 0.2 * one.norm()
+    assert (one - other).norm() < most * one.norm()
 
 
-def test_a_question_is_taken_back_exactly_from_fp8_pages(tiny, tokens, question):
-    context = read(tiny, "dense", tokens[:900], kv_format="fp8")
+@pytest.mark.parametrize("kv_format", ["fp8", "int4", "int2:residual=0,sinks=0"])
+def test_a_question_is_taken_back_exactly_from_quantised_pages(tiny, tokens, question, kv_format):
+    context = read(tiny, "dense", tokens[:900], kv_format=kv_format)
     first = context.step(question * 30)
     context.truncate(900)
     assert torch.equal(context.step(question * 30), first)
@@ -90,7 +93,8 @@ def test_the_tree_keeps_its_budget_and_reads_on(tiny, tokens, question):
         context.extend(tokens[start : start + 500])
         assert budget.used <= budget.limit
     assert context.length == 4000 and 30 * PAGE < 4000
-    assert any(not kv.readable().all() for kv in context.layers)
+    held = {kv.resolution(page) for kv in context.layers for page in range(len(kv.table))}
+    assert held > {"fp32"} and held <= {"fp32", "int4", "int2", "summary"}
     before = context.step(question)
     assert before.isfinite().all() and budget.used <= budget.limit
     for _ in range(20):

@@ -1,16 +1,17 @@
 """What pages should hold, as plain lists of rows: the model that pools and page tables are tested against.
 
-Nothing here knows slots, references or budgets. Quantisation is done again from the formats' definitions: e4m3 by
-looking for the nearest of its 127 magnitudes.
+Nothing here knows slots, references or budgets. Quantisation to fp8 is done again from its definition: e4m3 by
+looking for the nearest of its 127 magnitudes. That of integers is the formats' own (test_integers.py tests it).
 """
 
 import torch
 
+from longspan.kv import formats
 from longspan.kv.base import PAGE
 
 HEADS, DIM, VALUE_DIM, BLOCK = 2, 4, 3, 16
 SUMMARIES = ("lowest", "mean_value", "highest_rotated")
-ORDER = ("fp32", "fp16", "fp8", "summary")
+BITS = {"fp32": 32, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2, "summary": 0}
 
 MAGNITUDES = torch.tensor(
     [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)][:-1],
@@ -36,10 +37,14 @@ def nearest_e4m3(x):
     return torch.where(take_high, high, low) * x.sign()
 
 
-def written_as(name, page):
-    """A page `[2, PAGE, dim]` as it comes back from a format."""
+def written_as(spec, page, what):
+    """A page `[2, PAGE, dim]` of keys or values as it comes back from a format."""
+    name, _, _ = spec.partition(":")
     if name == "fp32":
         return page
+    if name.startswith("int"):
+        made = formats.parse(spec)
+        return made.decode(*made.encode(page.unsqueeze(1), what), what, page.shape[2], page.dtype)[:, 0]
     if name == "fp16":
         return page.half().float()
     assert name == "fp8"
@@ -52,9 +57,11 @@ class PlainContext:
 
     def __init__(self, full_format, rotary):
         self.full_format, self.rotary = full_format, rotary
+        self.policy = formats.parse(full_format)
+        self.written = self.fresh = 0  # pages before them were looked at, at a commit and between commits
         self.k, self.v = torch.zeros(HEADS, 0, DIM), torch.zeros(HEADS, 0, VALUE_DIM)
         self.held = []  # how each page is held: a format, or "summary"
-        self.host, self.raw = {}, {}  # page: exact (k, v)
+        self.host = {}  # page: what it was held as, and its (k, v) then
         self.blocks = {what: [] for what in SUMMARIES}
         self.committed = 0
 
@@ -65,7 +72,7 @@ class PlainContext:
     def copy(self):
         other = PlainContext(self.full_format, self.rotary)
         other.__dict__.update(self.__dict__)
-        other.held, other.host, other.raw = list(self.held), dict(self.host), dict(self.raw)
+        other.held, other.host = list(self.held), dict(self.host)
         other.blocks = {what: list(rows) for what, rows in self.blocks.items()}
         return other
 
@@ -96,51 +103,64 @@ class PlainContext:
             self.blocks["lowest"].append(self.k[:, rows].min(1).values)
             self.blocks["mean_value"].append(self.v[:, rows].sum(1) / BLOCK)
             self.blocks["highest_rotated"].append(rotated.max(1).values)
-        for full in range(before // PAGE, after // PAGE):
-            if self.full_format != "fp32":
-                self.raw[full] = tuple(part.clone() for part in self.page(full))
-                self.rewrite(full, self.full_format)
+
+    def due(self, first):
+        """Pages from `first` on that are old enough to be written in the format, and one after the last to look at."""
+        if self.full_format == "fp32":
+            return [], first
+        stop = max(0, (self.length - self.policy.residual) // PAGE)
+        first = max(first, -(-self.policy.sinks // PAGE))
+        return [page for page in range(first, stop) if self.held[page] == "fp32"], max(first, stop)
+
+    def due_now(self):
+        """Those of them that an append writes down: what is new since the commit."""
+        return self.due(max(self.fresh, -(-self.committed // PAGE)))
 
     def _reopen(self, page, offset):
         if self.held[page] != "fp32":
             if page in self.host:
-                k, v = self.host.pop(page)
+                _, (k, v) = self.host.pop(page)
                 self.put(page, k[:, :offset], v[:, :offset])
             self.held[page] = "fp32"
 
     def rewrite(self, page, name):
-        self.put(page, *(written_as(name, part) for part in self.page(page)))
+        parts = self.host[page][1] if page in self.host else self.page(page)
+        spec = self.full_format if name == self.policy.name else name
+        self.put(page, *(written_as(spec, part, what) for part, what in zip(parts, "kv", strict=True)))
         self.held[page] = name
 
     def truncate(self, length):
         keep = -(-length // PAGE)
         self.k, self.v, self.held = self.k[:, :length], self.v[:, :length], self.held[:keep]
         self.host = {page: kept for page, kept in self.host.items() if page < keep}
-        self.raw = {page: kept for page, kept in self.raw.items() if page < keep}
+        self.written, self.fresh = min(self.written, length // PAGE), min(self.fresh, length // PAGE)
         self.blocks = {what: rows[: length // BLOCK] for what, rows in self.blocks.items()}
 
     def drop(self, pages):
         for page in pages:
             self.held[page] = "summary"
             self.host.pop(page, None)
-            self.raw.pop(page, None)
 
     def demote(self, pages, to, keep_exact):
         for page in pages:
-            if ORDER.index(self.held[page]) >= ORDER.index(to):
+            if BITS[self.held[page]] <= BITS[to]:
                 continue
-            if keep_exact and self.held[page] == "fp32":
-                self.host[page] = tuple(part.clone() for part in self.page(page))
-            elif not keep_exact:
-                self.host.pop(page, None)
+            if keep_exact and page not in self.host:
+                self.host[page] = self.held[page], tuple(part.clone() for part in self.page(page))
             if to == "summary":
                 self.held[page] = to
             else:
                 self.rewrite(page, to)
+            if not keep_exact:
+                self.host.pop(page, None)
 
-    def promote(self, pages):
+    def promote(self, pages, to=None):
         for page in pages:
-            k, v = self.host.pop(page)
+            name, parts = self.host[page] if to else self.host.pop(page)
             filled = min(PAGE, self.length - page * PAGE)
-            self.put(page, k[:, :filled], v[:, :filled])
-            self.held[page] = "fp32"
+            spec = self.full_format if to == self.policy.name else to
+            parts = [
+                part if to is None else written_as(spec, part, what) for part, what in zip(parts, "kv", strict=True)
+            ]
+            self.put(page, *(part[:, :filled] for part in parts))
+            self.held[page] = to or name

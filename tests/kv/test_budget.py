@@ -40,15 +40,17 @@ def test_a_budget_is_full_at_its_last_page_and_not_before():
 def test_quantised_pages_are_counted_at_their_size():
     fp8 = pool_of(None, kv_format="fp8").plane("fp8").page_bytes
     assert fp8 == 2 * PAGE * 7 + 2 * 2 * 4, "a byte a number, and a scale a head for keys and for values"
-    budget = Budget(3 * fp8 + PAGE_BYTES)
+    budget = Budget(3 * PAGE_BYTES)
     kv = PagedKV(pool_of(budget, kv_format="fp8"))
     kv.append(*rows(3 * PAGE))
+    assert budget.left == 0, "what is read together is read exactly"
+    kv.commit()
     assert budget.used == 3 * fp8
-    kv.append(*rows(PAGE - 1))
-    assert budget.left == 0, "the page that is not full is held in the computing type"
+    kv.append(*rows(2 * PAGE - 1))
+    assert budget.used == 3 * fp8 + 2 * PAGE_BYTES, "of these two pages one is full, and committed they are not"
     with pytest.raises(PoolExhaustedError):
-        kv.append(*rows(1))  # its exact copy and its quantised form would both have to be held until the commit
-    assert kv.length == 4 * PAGE - 1
+        kv.append(*rows(PAGE, 1))
+    assert kv.length == 5 * PAGE - 1 and budget.used == 4 * fp8 + PAGE_BYTES, "the full one was written down on the way"
 
 
 def test_the_error_names_the_budget_its_limit_and_the_fix():
@@ -68,6 +70,7 @@ def test_a_refusal_leaves_everything_as_it_was_and_other_sessions_unharmed(kv_fo
     first, second = (PagedKV(pool, None, Budget(None, name, whole)) for name in ("first", "second"))
     first.append(*rows(5 * PAGE + 10, 1))
     second.append(*rows(2 * PAGE + 30, 2))
+    first.commit(), second.commit()
     forked = second.fork(Budget(None, "third", whole))
 
     def everything():

@@ -29,7 +29,7 @@ def test_fp8_comes_back_within_its_bound_and_no_better(dtype):
     wanted = x.double()
     greatest = wanted.abs().amax((2, 3), keepdim=True)
     torch.testing.assert_close(scales.double(), greatest / 448, rtol=1e-6, atol=0)
-    error = (fp8.decode(codes, scales, torch.float64) - wanted).abs()
+    error = (fp8.decode(codes, scales, "k", 16, torch.float64) - wanted).abs()
     # Steps of 3 bits of mantissa are 1/8 of the power of two below: worst is the tie at 1 + 1/16, off by 1/16. Below
     # 2^-6 (scaled) steps are 2^-9.
     bound = torch.maximum(wanted.abs() / 17, greatest / 448 * 2.0**-10) * (1 + 1e-5)
@@ -45,7 +45,8 @@ def test_fp8_is_the_nearest_of_its_numbers():
     x = pages(1)
     fp8 = formats.named("fp8")
     codes, scales = fp8.encode(x, "v")
-    assert torch.equal(fp8.decode(codes, scales, torch.float32), nearest_e4m3((x / scales).double()).float() * scales)
+    back = fp8.decode(codes, scales, "v", 16, torch.float32)
+    assert torch.equal(back, nearest_e4m3((x / scales).double()).float() * scales)
 
 
 def test_fp8_of_hard_pages():
@@ -54,7 +55,7 @@ def test_fp8_of_hard_pages():
     x[0, 1, 3, 1], x[0, 1, 4, 0] = float("nan"), -2.0
     x[0, 2, 0, 0], x[0, 2, 1, 0], x[0, 2, 2, 1] = float("inf"), -float("inf"), 5.0
     x[0, 3, 7, 1] = 1e-44
-    back = fp8.decode(*fp8.encode(x, "k"), torch.float32)
+    back = fp8.decode(*fp8.encode(x, "k"), "k", 2, torch.float32)
     assert torch.equal(back[0, 0], x[0, 0]), "zeros stay zeros"
     assert back[0, 1].isnan().sum() == 1 and back[0, 1, 3, 1].isnan() and back[0, 1, 4, 0] == -2.0
     assert back[0, 2, 0, 0] == 5.0 and back[0, 2, 1, 0] == -5.0 and back[0, 2, 2, 1] == 5.0
@@ -68,6 +69,7 @@ def test_scales_belong_to_a_page_a_head_and_to_keys_or_values_apart():
     k[:, 1] *= 1000
     k[:, :, PAGE:] *= 1e-6
     kv.append(k, 7 * v)
+    kv.commit()
     torch.testing.assert_close(kv.keys(0, 2 * PAGE), k)
     torch.testing.assert_close(kv.values(0, 2 * PAGE), 7 * v)
     assert [kv.resolution(page) for page in (0, 1)] == ["fp8", "fp8"]
@@ -79,7 +81,7 @@ def test_a_float_type_holds_itself_exactly(name, dtype):
     assert made.name == name and made is formats.format_of(None, dtype) is formats.format_of(name, dtype)
     x = pages(2, dtype=dtype)
     codes, scales = made.encode(x, "k")
-    assert codes.dtype == dtype and torch.equal(made.decode(codes, scales, dtype), x)
+    assert codes.dtype == dtype and torch.equal(made.decode(codes, scales, "k", 16, dtype), x)
     assert made.page_bytes("k", 2, 16) == x[:, :1].nbytes
 
 
@@ -87,7 +89,7 @@ def test_a_narrower_float_type_saturates():
     x = torch.full((1, 1, PAGE, 2), 1e9)
     x[0, 0, 0] = torch.tensor([-1e30, float("nan")])
     made = formats.format_of("fp16", torch.float32)
-    back = made.decode(*made.encode(x, "k"), torch.float32)
+    back = made.decode(*made.encode(x, "k"), "k", 2, torch.float32)
     assert back[0, 0, 1, 0] == 65504 and back[0, 0, 0, 0] == -65504 and back[0, 0, 0, 1].isnan()
 
 
@@ -143,7 +145,7 @@ class Int4(formats.Format):
         codes = (torch.round(x / scales) + 8).to(torch.uint8)
         return codes[..., ::2] * 16 + codes[..., 1::2], scales
 
-    def decode(self, codes, scales, dtype):
+    def decode(self, codes, scales, what, dim, dtype):
         numbers = torch.stack([codes // 16, codes % 16], -1).flatten(-2).to(dtype) - 8
         return numbers * scales.to(dtype)
 
@@ -164,6 +166,7 @@ def test_another_format_needs_no_change_elsewhere(monkeypatch):
     v *= 2.0 ** torch.randint(-3, 4, (1, 2, 150, 1), generator=gen)
     for start in range(0, 150, 37):
         kv.append(k[:, :, start : start + 37], v[:, :, start : start + 37])
+        kv.commit()
     assert [kv.resolution(page) for page in range(3)] == ["int4-test", "int4-test", "fp32"]
     assert torch.equal(kv.keys(10, 140), k[:, :, 10:140]) and torch.equal(kv.values(10, 140), v[:, :, 10:140])
     index = torch.tensor([[149, 3, 64], [70, 0, 131]])

@@ -301,19 +301,19 @@ def test_what_does_not_fit_is_refused(spoil):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("kv_format", [None, "fp8"])
+@pytest.mark.parametrize("kv_format", [None, "fp8", "int4", "int2:residual=300,sinks=0"])
 def test_rows_that_are_said_to_fit_do(apart, kv_format):
     probe = layer(apart, kv_format=kv_format)
     for pages in (3, 7, 20):
         nbytes = pages * probe.pool.native.page_bytes * len(probe.groups) + 17
         one = layer(apart, Budget(nbytes), kv_format=kv_format)
-        rows = one.rows_within(nbytes)
+        rows = one.rows_within(nbytes, PAGE)
         assert rows >= (pages - (1 if apart else 0)) * PAGE or kv_format is not None
         k, v = tokens(rows)
-        # As documents and questions are read: a stretch, and some tokens after it.
-        for start, stop in ((0, rows // 3), (rows // 3, rows)):
-            one.append(k[:, :, start:stop], v[:, :, start:stop])
-            one.commit()
+        for start in range(0, rows, PAGE // 2):  # of which two are held at once without a commit between
+            one.append(k[:, :, start : min(start + PAGE // 2, rows)], v[:, :, start : min(start + PAGE // 2, rows)])
+            if start % PAGE:
+                one.commit()
         assert one.length == rows
         with pytest.raises(PoolExhaustedError):
             many, values = tokens(nbytes // probe.pool.plane(probe.pool.format.name).page_bytes * PAGE + 2 * PAGE)
@@ -352,12 +352,12 @@ def test_fp8_in_powers_of_two_keeps_its_bound():
     assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5)), "powers of two"
     least = x.nan_to_num(0).abs().amax((2, 3), keepdim=True) / 448
     assert (scales[1] >= least[1]).all() and (scales[1] < 2 * least[1] * (1 + 1e-6)).all()
-    error = (made.decode(codes, scales, torch.float64) - x.double()).abs()
+    error = (made.decode(codes, scales, "v", 4, torch.float64) - x.double()).abs()
     bound = torch.maximum(x.double().abs() / 17, scales.double() * 2.0**-10) * (1 + 1e-5)
     assert ((error <= bound) | x.isnan()).all() and error.isnan().sum() == 1
     # Written again, alone in a page or beside larger numbers, nothing changes.
-    back = made.decode(codes, scales, torch.float32)
-    assert torch.equal(made.decode(*made.encode(back, "v"), torch.float32).nan_to_num(7), back.nan_to_num(7))
+    back = made.decode(codes, scales, "v", 4, torch.float32)
+    assert torch.equal(made.decode(*made.encode(back, "v"), "v", 4, torch.float32).nan_to_num(7), back.nan_to_num(7))
     assert formats.written_again("fp8") == "fp8-pow2" and formats.written_again(None) is None
     assert formats.written_again("bf16") == "bf16" and formats.written_again("auto") == "auto"
     assert math.isclose(made.page_bytes("k", 2, 16), formats.named("fp8").page_bytes("k", 2, 16))

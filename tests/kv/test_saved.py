@@ -99,6 +99,54 @@ def test_a_page_that_was_rounded_and_went_on_keeps_its_exact_summaries():
         kv, other = other, new()
 
 
+def test_a_page_that_came_back_rounded_from_host_memory_keeps_its_exact_summaries():
+    kv, other = new(kv_format="fp8"), new(kv_format="fp8")
+    kv.append(key_of(range(PAGE)), value_of(range(PAGE)))
+    kv.commit()
+    kv.demote([0], "summary", keep_exact=True)
+    kv.truncate(40)
+    kv.append(key_of(range(40, 50)), value_of(range(40, 50)))
+    assert kv.resolution(0) == "fp64" and not kv.exact and not torch.equal(kv.keys(0, 40), key_of(range(40)))
+    other.restore("", 50, kv.tensors(""))
+    for what in SUMMARIES:
+        assert torch.equal(other.summary(what, 16), kv.summary(what, 16))
+    assert torch.equal(other.summary("lowest", 16)[:, :, :2], expected("lowest", 16)[:, :, :2])
+
+
+def test_copies_in_every_format_come_back_and_name_what_their_codes_mean():
+    spec = "int8:group=64,residual=64,sinks=64"
+    kv, other = new(kv_format=spec), new(kv_format=spec)
+    kv.append(key_of(range(LENGTH)), value_of(range(LENGTH)))
+    kv.commit()
+    assert [kv.resolution(page) for page in range(7)] == ["fp64", *["int8"] * 4, "fp64", "fp64"]
+    keys = kv.keys(0, LENGTH)
+    kv.demote([0, 1, 2], "int2", keep_exact=True)
+    kv.demote([2, 3], "summary", keep_exact=True)
+    saved = kv.tensors("")
+    assert {"host.pages", "host.int8:group=64,rotate=true.pages", "int2:group=32,rotate=true.pages"} < set(saved)
+    other.restore("", LENGTH, saved)
+    assert [other.resolution(page) for page in range(7)] == [kv.resolution(page) for page in range(7)]
+    assert torch.equal(other.keys(0, 2 * PAGE), kv.keys(0, 2 * PAGE))
+    other.promote([0, 1, 2, 3])
+    assert torch.equal(other.keys(0, LENGTH), keys) and not other.exact
+    # A pool with other options reads what it did not write, and writes its own beside.
+    third = new(kv_format="int8:rotate=false,residual=0,sinks=0")
+    third.restore("", LENGTH, saved)
+    third.promote([0, 1, 2, 3])
+    assert torch.equal(third.keys(0, LENGTH), keys)
+    third.append(key_of(range(100)), value_of(range(100)))
+    third.commit()
+    assert [third.resolution(page) for page in range(8)] == ["fp64", *["int8"] * 4, "fp64", "int8", "int8"]
+    assert third.pool.find(third.table[1])[0] is not third.pool.find(third.table[7])[0]
+
+
+def test_a_format_that_is_not_known_is_refused():
+    saved = mixed().tensors("")
+    saved = {name.replace("fp8.", "int3:group=5."): tensor for name, tensor in saved.items()}
+    with pytest.raises(SessionCorruptError, match="int3"):
+        new().restore("", LENGTH, saved)
+
+
 def test_summaries_that_were_asked_for_come_back_where_pages_are_gone():
     kv = new(summaries=())
     kv.append(key_of(range(LENGTH)), value_of(range(LENGTH)))
@@ -129,6 +177,7 @@ def test_restoring_into_a_pool_of_another_format_keeps_what_was_saved():
     other.restore("", LENGTH, kv.tensors(""))
     assert torch.equal(other.keys(0, 3 * PAGE), kv.keys(0, 3 * PAGE))
     other.append(key_of(range(100)), value_of(range(100)))
+    other.commit()
     assert other.resolution(6) == "fp8" and other.resolution(0) == "fp64"
 
 

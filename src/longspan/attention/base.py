@@ -29,11 +29,18 @@ class Shape:
     head_dim: int
     value_dim: int
     kv_bytes: float = 2.0
+    own_bytes: float | None = None
+    """Bytes of one number in the model's own type, which summaries are kept in; None: as many."""
 
     @property
     def token_bytes(self) -> float:
         """Bytes of one token's key and value."""
         return self.kv_heads * (self.head_dim + self.value_dim) * self.kv_bytes
+
+    @property
+    def summary_bytes(self) -> float:
+        """Bytes of one number of a summary."""
+        return self.kv_bytes if self.own_bytes is None else self.own_bytes
 
     def read_flops(self, keys: float) -> float:
         """FLOPs of one query position (all heads) that attends to `keys` keys."""

@@ -175,7 +175,7 @@ class Choosing(Mechanism):
         keys = min(n, most)
         summaries = 0 if self.who == "model" else max(0, n - self.window) // self.block * self.scored
         search = 2.0 * shape.query_heads * summaries * shape.head_dim
-        vector = shape.kv_heads * shape.head_dim * shape.kv_bytes
+        vector = shape.kv_heads * shape.head_dim * shape.summary_bytes
         # The query at t reads min(t + 1, most) keys, and scores about t / n of the summaries.
         read = keys * (keys + 1) / 2 + (n - keys) * most
         return Cost(

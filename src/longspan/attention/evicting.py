@@ -188,6 +188,11 @@ class Evicting(Mechanism):
                 most=most,
             )
         )
+        if not self.every:
+            # What queries said of the rows was for this eviction; a later document brings queries of its own.
+            for rows in kv.groups:
+                rows.learn(replace(rows.learned, whole={}))
+                rows.commit()
 
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
         """See `Mechanism.attend`; evicting takes no gradient."""

@@ -91,5 +91,5 @@ class Expected(Evicting):
         return torch.nn.functional.pad(scores, (first, 0))
 
     def learned_bytes(self, keys: int, shape: Shape) -> float:
-        """See `Evicting.learned_bytes`."""
-        return 4.0 * shape.query_heads * shape.head_dim * (shape.head_dim + 1)
+        """See `Evicting.learned_bytes`; what was learned is forgotten with the one eviction at the end."""
+        return 4.0 * shape.query_heads * shape.head_dim * (shape.head_dim + 1) if self.every else 0.0

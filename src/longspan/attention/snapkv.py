@@ -72,5 +72,5 @@ class SnapKV(Evicting):
         return torch.nn.functional.pad(mass[0], (0, held - before))
 
     def learned_bytes(self, keys: int, shape: Shape) -> float:
-        """See `Evicting.learned_bytes`."""
-        return 4.0 * shape.query_heads * min(self.window, keys) * shape.head_dim
+        """See `Evicting.learned_bytes`; what was learned is forgotten with the one eviction at the end."""
+        return 4.0 * shape.query_heads * min(self.window, keys) * shape.head_dim if self.every else 0.0

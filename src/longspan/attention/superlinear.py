@@ -242,7 +242,8 @@ class Superlinear(Mechanism):
         prefill = n * (
             shape.read_flops(min(n, self.whole_window)) + share * (decode - shape.read_flops(min(n, self.whole_window)))
         )
-        searched = anchors * shape.kv_heads * shape.head_dim * shape.kv_bytes * (2 if self.summary == "bounds" else 1)
+        number_bytes = 2 * shape.summary_bytes if self.summary == "bounds" else shape.kv_bytes
+        searched = anchors * shape.kv_heads * shape.head_dim * number_bytes
         # Each query head reads spans of its own.
         spread = shape.query_heads / shape.kv_heads
         span_bytes = min(float(far), self.spans * length * spread + self.sinks) * shape.token_bytes

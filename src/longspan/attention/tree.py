@@ -150,9 +150,9 @@ class Tree(Mechanism):
         kept = n / PAGE * FANOUT / (FANOUT - 1) * (shape.head_dim * 2 * (1 + bounds) + shape.value_dim)
         return Cost(
             decode_flops=decode,
-            decode_bytes=exact * shape.token_bytes + nodes * node_numbers * shape.kv_heads * shape.kv_bytes,
+            decode_bytes=exact * shape.token_bytes + nodes * node_numbers * shape.kv_heads * shape.summary_bytes,
             prefill_flops=n * decode,
-            kept_bytes=n * shape.token_bytes + kept * shape.kv_heads * shape.kv_bytes,
+            kept_bytes=n * shape.token_bytes + kept * shape.kv_heads * shape.summary_bytes,
             decode_keys=float(exact + nodes),
         )
 

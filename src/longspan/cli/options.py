@@ -53,7 +53,13 @@ Prefill = Annotated[
     ),
 ]
 KVFormat = Annotated[
-    str, typer.Option("--kv", metavar="FORMAT", help="How keys and values are kept: auto, fp32, fp16, bf16 or fp8.")
+    str,
+    typer.Option(
+        "--kv",
+        metavar="SPEC",
+        help="How keys and values are kept: auto, fp32, fp16, bf16, fp8, int8, int4 or int2, with options such as "
+        "int4:group=64.",
+    ),
 ]
 KVBudget = Annotated[
     str | None,

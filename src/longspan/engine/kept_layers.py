@@ -95,7 +95,7 @@ class KeptLayers:
             PoolExhaustedError: the byte budget does not hold a page of keys and a chunk.
         """
         scheduled = self.mechanism.every > 0 and length % self.mechanism.every == 0
-        rows = self._rows_left()
+        rows = self._rows_left(chunk)
         for kv in self.layers:
             crowded = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
             if scheduled or crowded or kv.held + new > self.model.dimensions.window:
@@ -103,7 +103,7 @@ class KeptLayers:
 
     def finish(self, length: int, chunk: int) -> None:
         """Evict after all was read; arguments and errors as for `make_room`."""
-        rows = self._rows_left()
+        rows = self._rows_left(chunk)
         for kv in self.layers:
             self._evict(kv, length, 0, rows, chunk)
 
@@ -133,13 +133,14 @@ class KeptLayers:
             raise
         return other
 
-    def _rows_left(self) -> int | None:
+    def _rows_left(self, chunk: int) -> int | None:
         """Return how many rows a head may hold, on average, within the bytes that are left; None: any number."""
         if not self.budget.limited:
             return None
         left = self.budget.left
         assert left is not None, "a limited budget has something left, be it nothing"
-        return self.layers[0].rows_within((sum(kv.page_bytes for kv in self.layers) + left) // len(self.layers))
+        nbytes = sum(kv.page_bytes for kv in self.layers) + left
+        return self.layers[0].rows_within(nbytes // len(self.layers), chunk)
 
     def _evict(self, kv: KeptKV, length: int, new: int, rows: int | None, chunk: int) -> None:
         """Evict down to what the mechanism keeps, or to as much of it as leaves room for a chunk."""

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, Shape, make
-from longspan.attention.rebalance import PageMass, rebalance
+from longspan.attention.rebalance import PageMass
 from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
 from longspan.engine.kept_layers import KeptLayers
 from longspan.engine.recurrence import SHARE, Recurrence
+from longspan.engine.resolutions import Needs, demoted, settle
 from longspan.errors import PoolExhaustedError, UsageError
 from longspan.hf.attention import Enough, Reader
 from longspan.hf.model import CausalModel
 from longspan.hf.trained import Trained
 from longspan.kv.base import PAGE
-from longspan.kv.budget import Budget, size
+from longspan.kv.budget import Budget
 from longspan.kv.memory import LayerMemory
 from longspan.kv.pages import PagedKV
 from longspan.kv.undisturbed import Undisturbed
@@ -50,7 +51,7 @@ class KVContext(Context):
             model: whose layers' keys and values are kept.
             mechanism: by what queries attend.
             prefill: by what documents are read; see `prefill`.
-            kv_format: format of full pages (`kv.formats.names()`); None: the model's number type.
+            kv_format: format of full pages (`kv.formats.parse`); None: the model's number type.
             budget: bytes that all layers' pages and recurrent states may take together; None: no limit.
             summaries: which summaries pages keep up to date; None: those that the mechanism reads.
 
@@ -170,40 +171,26 @@ class KVContext(Context):
         return self.mechanism.adapts and self.budget.limited
 
     def _settle(self, new: int) -> None:
-        """Make room for new tokens within the budget: the coldest pages are held as summaries, hot ones come back.
+        """Make room for new tokens within the budget (PoolExhaustedError, and what becomes of pages: `resolutions`)."""
+        settle(self.layers, self._masses, self._page_bytes(), self._needs(self.length, new), self.budget)
 
-        Demoted pages leave an exact copy in host memory, which no budget counts.
-
-        Raises:
-            PoolExhaustedError: the budget does not hold what must stay exact.
-        """
+    def _page_bytes(self) -> int:
+        """Return the bytes that all layers' pages may take within the budget."""
         spent, left = sum(kv.nbytes for kv in self.layers), self.budget.left
         assert left is not None, "only a limited budget is settled"
         if self.recurrence.state_bytes:
             self.recurrence.shrink(SHARE * (spent + left))
             left = (self.budget.left or 0) - self.recurrence.due
-        pages = -(-(self.length + new) // PAGE)
+        return spent + left
+
+    def _needs(self, length: int, new: int) -> Needs:
+        """Return what must stay exact of a context of `length` tokens while `new` ones are read."""
         # Documents and questions may be read by different mechanisms: what either of them reads exactly stays.
         readers = (self.mechanism, self.prefill or newest(self.model, PREFILL_WINDOW))
         sinks = max(int(getattr(reader, "sinks", 0)) for reader in readers)
         window = max(int(getattr(reader, "window", 0)) for reader in readers)
         # What may be taken back must stay, and a window's first page may be cut.
-        window += 2 * PAGE + self.length - self._committed
-        for kv, mass in zip(self.layers, self._masses, strict=True):
-            pool = kv.pool
-            share = (spent + left) // len(self.layers) - pages * pool.marks.page_bytes
-            now = len(kv.table)
-            page_bytes = pool.plane(pool.format.name).page_bytes
-            # Two pages in the model's own type: the one being filled, and one that a question may reopen.
-            held = (share - 2 * pool.native.page_bytes) // page_bytes - (pages - now)
-            try:
-                with Undisturbed():
-                    rebalance(kv, mass.pages(now), held, sinks=sinks, window=window)
-            except UsageError as error:
-                raise PoolExhaustedError(
-                    f"the {self.budget.root.name} budget of {size(spent + left)} does not hold the newest "
-                    f"{window} tokens of every layer: raise it (--kv-budget)"
-                ) from error
+        return Needs(length, new, sinks, window + 2 * PAGE + length - self._committed)
 
     def fork(self, budget: Budget | None = None) -> KVContext:
         """Return a context that has read the same tokens and shares every page until one of the two writes to it.
@@ -262,7 +249,19 @@ class KVContext(Context):
     def restore(self, tokens: Sequence[int], tensors: dict[str, Tensor]) -> None:
         """See `Context`."""
         self.recurrence.restore(len(tokens), tensors, self.model.device)
-        restore_layers(self._layers(), len(tokens), tensors)
+        try:
+            restore_layers(self._layers(), len(tokens), tensors)
+        except PoolExhaustedError:
+            if not self._adapts:
+                raise
+            # It was read under a larger budget, or none.
+            for kv in self.layers:
+                kv.free()
+            self._committed = len(tokens)
+            needs = self._needs(len(tokens), 1)
+            restore_layers(
+                self.layers, len(tokens), demoted(self.layers, tensors, self._page_bytes(), needs, self.budget)
+            )
         self.tokens = list(tokens)
         self._committed = self.length
         if not self.budget.limited:

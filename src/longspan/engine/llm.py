@@ -79,7 +79,8 @@ class LLM:
             dtype: None: chosen for the device.
             prefill: by what documents are read, such as `xattention:threshold=0.9`; None: by `attention`, or densely
                 where that chooses for answers only.
-            kv: how keys and values are kept: `fp32`, `fp16`, `bf16`, `fp8`; `auto`: as the model computes.
+            kv: how keys and values are kept: `fp32`, `fp16`, `bf16`, `fp8`, `int8`, `int4`, `int2`, with options such
+                as `int4:group=64` (docs/kv_formats.md); `auto`: as the model computes.
             kv_budget: bytes that the keys and values of all sessions may take together; None: no limit.
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
             store: where sessions are saved; None: the user's folder.
@@ -100,9 +101,7 @@ class LLM:
         name = model or settings.default_model()
         self.model = load(name, device=device, dtype=dtype, say=say) if isinstance(name, str) else name
         self.attention: Mechanism | None = chosen
-        self._kv_format = None if kv == formats.AUTO else kv
-        if self._kv_format is not None:
-            formats.format_of(self._kv_format, self.model.dtype)
+        self._kv_format = None if kv == formats.AUTO else formats.format_of(kv, self.model.dtype).describe()
         self.kv_budget = Budget(kv_budget, "KV")
         self.quote = quote
         self.store = store or SessionStore()

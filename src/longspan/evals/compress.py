@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from longspan.attention import Mechanism, make, parse
 from longspan.engine.contexts import paged
+from longspan.engine.kept_layers import KeptLayers
 from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
 from longspan.evals.ruler.asking import template_of
@@ -33,6 +34,9 @@ from longspan.evals.ruler.tasks import after, examples
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
 from longspan.kv.base import PAGE
+from longspan.kv.budget import Budget
+from longspan.kv.kept import KeptKV
+from longspan.kv.pages import PagedKV
 from longspan.peers.process import Peer
 
 DENSE = "dense"
@@ -237,7 +241,9 @@ def cases(
 
 
 def within(model: CausalModel, way: str, ratio: float, length: int) -> tuple[Mechanism, str | None]:
-    """Return the mechanism and the format of one of our ways that keep `1/ratio` of dense's bytes.
+    """Return the mechanism and the format of one of our ways that keep at most `1/ratio` of dense's bytes.
+
+    A format alone may keep a seventh more, for its scales; nobody could name a ratio that it keeps exactly.
 
     Args:
         model: whose layers are compressed.
@@ -251,23 +257,50 @@ def within(model: CausalModel, way: str, ratio: float, length: int) -> tuple[Mec
     spec, _, kv_format = way.rpartition("+") if "+" in way else (way, "", "")
     if not kv_format and spec.partition(":")[0] in formats.names():
         spec, kv_format = DENSE, spec
-    mechanism = parse(spec)
-    token = _token_bytes(model, None)
-    share = token / ratio / _token_bytes(model, kv_format or None)
+    mechanism, held = parse(spec), kv_format or None
+    allowed = _layer_bytes(model, make(DENSE), None, length) / ratio
     if mechanism.exact:
-        if share < 1:
+        if _layer_bytes(model, mechanism, held, length) > allowed * 8 / 7:
             raise UsageError(f"{way} keeps more than 1/{ratio:g}")
-        return mechanism, kv_format or None
-    # A position is a number of 64 bits for each KV head.
-    extra = 8 * model.dimensions.kv_heads if mechanism.evicts else 0
-    keys = int(length * token / ratio / (_token_bytes(model, kv_format or None) + extra))
-    return (make(DENSE) if keys >= length else mechanism.within(keys, length)), kv_format or None
+        return mechanism, held
+    if _layer_bytes(model, make(DENSE), held, length) <= allowed:
+        return make(DENSE), held
+    least, most = PAGE, length
+    if _layer_bytes(model, mechanism.within(least, length), held, length) > allowed:
+        raise UsageError(f"{way} keeps more than 1/{ratio:g}")
+    while least + 1 < most:
+        middle = (least + most) // 2
+        if _layer_bytes(model, mechanism.within(middle, length), held, length) <= allowed:
+            least = middle
+        else:
+            most = middle
+    return mechanism.within(least, length), held
 
 
-def _token_bytes(model: CausalModel, kv_format: str | None) -> float:
-    """Return the bytes of a token's keys and values in full pages of a layer, scales and all."""
-    pool = paged(model, kv_format).pool
-    return pool.plane(pool.format.name).page_bytes / PAGE
+def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None, length: int) -> float:
+    """Return the bytes that a layer keeps of `length` tokens, counted on a layer that holds as many rows.
+
+    Page tables and formats are the real ones; what is in the pages does not matter.
+    """
+    sizes = model.dimensions
+    cost = mechanism.cost(length, sizes.shape(model.dtype.itemsize))
+    token = sizes.shape(model.dtype.itemsize).token_bytes
+    kept = KeptLayers.of(model, mechanism, kv_format, Budget())
+    if kept is None:
+        rows = min(length, round(cost.kept_bytes / token))
+        layer: KeptKV | PagedKV = paged(model, kv_format)
+        beside = 0.0
+    else:
+        rows = min(length, kept.mechanism.keeps(length))
+        layer = kept.layers[0]
+        beside = cost.kept_bytes - rows * token  # positions, and what was learned
+    blank = torch.zeros(1, sizes.kv_heads, rows, sizes.head_dim, dtype=model.dtype, device=model.device)
+    layer.append(blank, blank)
+    layer.commit()
+    # A trial's own positions are not those of rows that were evicted: the cost counts them.
+    pages = layer.page_bytes if isinstance(layer, KeptKV) else layer.nbytes
+    layer.free()
+    return pages + beside
 
 
 def measure(

@@ -36,9 +36,9 @@ class Dimensions:
     window: int
     """Positions that the model was trained on."""
 
-    def shape(self, kv_bytes: float) -> Shape:
-        """Return one layer's shape for cost models."""
-        return Shape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, kv_bytes)
+    def shape(self, kv_bytes: float, own_bytes: float | None = None) -> Shape:
+        """Return one layer's shape for cost models; arguments as there."""
+        return Shape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, kv_bytes, own_bytes)
 
 
 class CausalModel:

@@ -110,15 +110,24 @@ class KeptKV:
         """Bytes without which not even one token can be kept."""
         return self.pool.least_bytes * len(self.groups)
 
-    def rows_within(self, nbytes: int) -> int:
-        """Return how many rows a head, on average, are sure to fit so many bytes of pages."""
-        native, full = self.pool.native.page_bytes, self.pool.plane(self.pool.format.name).page_bytes
-        # In a smaller format: the page that is being filled, and the one that a question closed.
-        spare = 0 if self.pool.format is self.pool.native.format else 2 * native
-        pages = (nbytes - len(self.groups) * spare) // full
+    def rows_within(self, nbytes: int, chunk: int) -> int:
+        """Return how many rows a head, on average, are sure to fit so many bytes of pages.
+
+        Args:
+            nbytes: of all pages.
+            chunk: the most of these rows that are ever read together, or taken back.
+        """
+        pool, groups = self.pool, len(self.groups)
+        native, made = pool.native.page_bytes, pool.format
+        pages = nbytes // native
+        if made is not pool.native.format:
+            # Pages that stay exact, those of a chunk among them; two of them may not be full.
+            exact = sum(-(-count // PAGE) for count in (made.sinks, made.residual, chunk)) + 2
+            within = (nbytes - groups * exact * native) // pool.plane(made.name).page_bytes
+            pages = within + groups * (exact - 2) if within >= 0 else pages
         # Heads that hold different numbers may each have a page that is not full.
-        lost = len(self.groups) if len(self.groups) > 1 else 0
-        return max(0, (pages - lost) * PAGE // len(self.groups))
+        lost = groups if groups > 1 else 0
+        return max(0, (pages - lost) * PAGE // groups)
 
     def split(self, heads: Tensor) -> Iterator[tuple[KeptRows, Tensor]]:
         """Yield the rows of each group of heads, and those of `heads` `[1, Hq or Hkv, ...]` that belong to them."""

@@ -1,10 +1,11 @@
 """Keys and values of one context, held in pages of 64 tokens: everything that changes which slot a page lies in.
 
 A page table says where each page lies, in any order. Pages are shared by forks and copied when one of them writes.
-A page can be written down in a smaller format or left to its summary (`demote`), brought back from an exact copy in
-host memory (`promote`), or dropped; and the context can be cut back to an earlier length: a question is taken back,
-its document stays. Where full pages are quantised, the page that is not full is held in the computing type, and the
-exact page that a question closed is kept until `commit`, so that taking the question back restores every bit.
+A page can be held in less or more detail (`resolving.py`) or dropped, and the context can be cut back to an earlier
+length: a question is taken back, its document stays. Where the pool has a smaller format, new tokens are held in the
+computing type; pages are written down in the format when the next tokens come, at the earliest, so that what is read
+together is read exactly: those of a document at the commit, new ones of a question and its answer between commits. What
+was committed in a page that a question goes on in stays exact, so that taking the question back restores every bit.
 What a mechanism remembers beside pages (`memory.py`) is cut back, forked, saved and given back with them.
 
 Each change first counts all bytes it takes and gives against the budget, so that one that is refused changes nothing.
@@ -13,10 +14,8 @@ It does not know positions (`rotary.py`), mechanisms, or which pages matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from longspan.errors import PoolExhaustedError, UsageError
@@ -27,18 +26,15 @@ from longspan.kv.budget import Budget
 from longspan.kv.mirror import Mirror
 from longspan.kv.planes import Plane
 from longspan.kv.pool import PagePool
+from longspan.kv.resolving import SUMMARY, PageResolver
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED, SlotTable
 from longspan.kv.undisturbed import Undisturbed
-from longspan.kv.writing import PageWriter
 
 __all__ = ["SUMMARY", "PagePool", "PagedKV"]
 
-SUMMARY = "summary"
-"""The resolution of a page of which only summaries are left (and perhaps an exact copy in host memory)."""
 
-
-class PagedKV(PageWriter):
+class PagedKV(PageResolver):
     """One layer's keys and values of one context (B = 1), in pages of a pool."""
 
     def __init__(self, pool: PagePool, rotary: Rotary | None = None, budget: Budget | None = None) -> None:
@@ -58,7 +54,7 @@ class PagedKV(PageWriter):
         self.budget.require(pool.least_bytes, "one page of a layer")
         self.pages, self.blocks, self.mirror = SlotTable(), BlockSummaries(pool), Mirror()
         self.exact: dict[int, int] = {}  # page: slot of its exact copy in host memory
-        self.raw: dict[int, int] = {}  # page: native slot of what was quantised since the last commit
+        self._written = self._fresh = 0  # pages before: looked at at a commit, and between commits
         self.rounded: set[int] = set()  # pages of the native type whose first tokens went through a smaller format
         self._length = self._committed = 0
         pool.join(self)
@@ -79,11 +75,6 @@ class PagedKV(PageWriter):
         remembered = 0 if self.memory is None else self.memory.nbytes
         return sum(plane.page_bytes for plane, _ in self._referred()) + remembered
 
-    def resolution(self, page: int) -> str:
-        """Return the format that a page is held in, or `summary` (of which nothing may be kept, if it was dropped)."""
-        handle = self.table[page]
-        return SUMMARY if handle == DROPPED else self.pool.find(handle)[0].format.name
-
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add the unrotated keys `[1, Hkv, T, D]` and values `[1, Hkv, T, Dv]` of the next T tokens.
 
@@ -95,6 +86,9 @@ class PagedKV(PageWriter):
         before, after = self._length, self._length + k.shape[1]
         if before == after:
             return
+        # A committed page may have to come back exactly: until the next commit only pages that are new since then are
+        # written down.
+        self._fresh = self._write_down(max(self._fresh, -(-self._committed // PAGE)), before)
         page, offset = divmod(before, PAGE)
         first_new, full, end = -(-before // PAGE), after // PAGE, -(-after // PAGE)
         if offset > 0 and full == page and not self._not_writable(page):
@@ -104,45 +98,54 @@ class PagedKV(PageWriter):
             self._write(k, v, before)
             self._length = after
             return
-        quantised = pool.format is not pool.native.format
-        closes = quantised and offset > 0 and full > page
-        whole = max(0, full - first_new) if quantised else 0  # pages that fill at once are encoded at once
-        # The exact page that was open at the last commit is kept, and the newest one beside it.
-        stale = [old for old in self.raw if closes and old != self._committed // PAGE]
         reopened = self._not_writable(page) if offset else []
-        takes = {pool.native: end - first_new - whole, pool.marks: end - first_new if self.blocks.kept else 0}
+        takes: dict[Plane, int] = {pool.native: end - first_new}
+        takes[pool.marks] = end - first_new if self.blocks.kept else 0
         for plane in reopened:
             takes[plane] += 1
-        if quantised:
-            takes[pool.plane(pool.format.name)] = whole + closes
-        self._charge(takes, [*self._replaced(page, reopened), *((pool.native, self.raw[old]) for old in stale)])
+        self._charge(takes, self._replaced(page, reopened))
 
         self._reopen(page, reopened)
         if self.blocks.kept:
             for mark in pool.marks.take(end - first_new):
                 self.blocks.table.append(mark)
             self._summarise(k, v)
-        done = 0
-        if closes:
-            done = PAGE - offset
-            self._write(k[:, :done], v[:, :done], before)
-            pool.native.release(self.raw.pop(old) for old in stale)
-            self._close(page)
-        if whole:
-            self._add_encoded(k[:, done : done + whole * PAGE], v[:, done : done + whole * PAGE], whole)
-            done += whole * PAGE
-        for slot in pool.native.take(end - len(self.table)):
+        for slot in pool.native.take(end - first_new):
             self.pages.append(slot)
-        self._write(k[:, done:], v[:, done:], before + done)
+        self._write(k, v, before)
         self._length = after
 
+    def replace(self, start: int, k: Tensor, v: Tensor) -> None:
+        """Hold other tokens from `start` on, where a page begins. All must be committed, and the new ones are.
+
+        Args:
+            start: token.
+            k: unrotated keys `[1, Hkv, n, D]`.
+            v: values `[1, Hkv, n, Dv]`.
+
+        Raises:
+            PoolExhaustedError: other contexts share the pages, and the budget has no room for these; nothing was
+                changed.
+        """
+        assert start % PAGE == 0 and self._committed == self._length, "only what was committed is replaced"
+        pool, first, length = self.pool, start // PAGE, start + k.shape[2]
+        old, pages = self._old_enough(first, length), -(-length // PAGE) - first
+        takes: dict[Plane, int] = {pool.plane(pool.format.name): len(old)} if old else {}
+        takes |= {pool.native: pages - len(old), pool.marks: pages if self.blocks.kept else 0}
+        gone: list[tuple[Plane, int]] = [pool.find(handle) for handle in self.table[first:] if handle != DROPPED]
+        gone += [(pool.marks, mark) for mark in self.blocks.table.slots[first:] if mark != DROPPED]
+        self._charge(takes, gone, only_try=True)
+        self.truncate(start)
+        begin, end = (old.start * PAGE - start, old.stop * PAGE - start) if old else (k.shape[2], k.shape[2])
+        self.append(k[:, :, :begin], v[:, :, :begin])
+        if old:
+            self._add_encoded(k[0, :, begin:end], v[0, :, begin:end])
+        self.append(k[:, :, end:], v[:, :, end:])
+        self.commit()
+
     def commit(self) -> None:
-        """Say that the tokens so far were read for good: exact copies of pages that were quantised are given up."""
-        if self.raw:
-            slots = list(self.raw.values())
-            self._charge({}, ((self.pool.native, slot) for slot in slots))
-            self.pool.native.release(slots)
-            self.raw = {}
+        """Say that the tokens so far were read for good: pages that are old enough are written down in the format."""
+        self._written = self._write_down(self._written, self._length)
         if self.memory is not None:
             self.memory.commit()
         self._committed = self._length
@@ -151,20 +154,14 @@ class PagedKV(PageWriter):
         """Forget every token from `length` on."""
         if not 0 <= length <= self._length:
             raise UsageError(f"a context of {self._length} tokens can't be cut to {length}")
-        keep, half = -(-length // PAGE), length // PAGE if length % PAGE else -1
+        keep = -(-length // PAGE)
         gone: list[tuple[Plane, int]] = [self.pool.find(handle) for handle in self.table[keep:] if handle != DROPPED]
         gone += [(self.pool.marks, mark) for mark in self.blocks.table.slots[keep:] if mark != DROPPED]
-        gone += [(self.pool.native, self.raw.pop(page)) for page in list(self.raw) if page >= keep]
-        if half in self.raw:
-            # The page that is no longer full comes back as it was before it was quantised.
-            if self.table[half] != DROPPED:
-                gone.append(self.pool.find(self.table[half]))
-            self.pages.put(half, self.raw.pop(half))
         self._let_go(gone)
-        for page in [page for page in self.exact if page >= keep]:
-            self.pool.host.release([self.exact.pop(page)])
+        self._forget_copies(page for page in self.exact if page >= keep)
         self.pages.cut(keep)
         self.rounded = {page for page in self.rounded if page < keep}
+        self._written, self._fresh = min(self._written, length // PAGE), min(self._fresh, length // PAGE)
         self.blocks.truncate(length)
         self.mirror.truncate(length)
         if self.memory is not None:
@@ -176,12 +173,10 @@ class PagedKV(PageWriter):
         first, last = -(-start // PAGE), min(stop, self._length) // PAGE
         held = [page for page in range(first, last) if self.table[page] != DROPPED]
         gone = [self.pool.find(self.table[page]) for page in held]
-        gone += [(self.pool.native, self.raw.pop(page)) for page in held if page in self.raw]
         for page in held:
             self.pages.put(page, DROPPED)
         self._let_go(gone)
-        for page in [page for page in self.exact if first <= page < last]:
-            self.pool.host.release([self.exact.pop(page)])
+        self._forget_copies(page for page in self.exact if first <= page < last)
         if held:
             self.mirror.clear()
 
@@ -204,9 +199,12 @@ class PagedKV(PageWriter):
             raise
         for plane, slot in shared:
             plane.share([slot])
-        self.pool.host.share(self.exact.values())
+        for handle in self.exact.values():
+            host, slot = self.pool.find_host(handle)
+            host.share([slot])
         other.pages, other.blocks, other.mirror = SlotTable(self.table), self.blocks.fork(), self.mirror.fork()
-        other.exact, other.raw, other.rounded = dict(self.exact), dict(self.raw), set(self.rounded)
+        other.exact, other.rounded = dict(self.exact), set(self.rounded)
+        other._written, other._fresh = self._written, self._fresh
         other._length, other._committed = self._length, self._committed
         return other
 
@@ -214,58 +212,6 @@ class PagedKV(PageWriter):
         """Give every page back; the context is empty and can be used again."""
         self.truncate(0)
         self.mirror.clear()
-
-    def demote(self, pages: Sequence[int], to: str, *, keep_exact: bool = False) -> None:
-        """Write full pages down in a smaller format, or leave them to their summaries.
-
-        Pages must have been committed: those of a question may still have to come back exactly. A page that is held in
-        as small a format already stays as it is.
-
-        Args:
-            pages: numbers of pages; each once.
-            to: a format's name, or `summary`.
-            keep_exact: whether an exact copy (of pages that are exact) stays in host memory, for `promote`.
-
-        Raises:
-            UnknownNameError, UsageError: no such format, or none for this float type.
-            PoolExhaustedError: other contexts share the pages, and the budget has no room for the smaller ones beside.
-        """
-        assert all(0 <= page < self._committed // PAGE for page in pages), "only pages that were committed are demoted"
-        plane = None if to == SUMMARY else self.pool.plane(to)
-        bits = 0 if plane is None else plane.format.bits
-        held = [page for page in pages if self.table[page] != DROPPED]
-        held = [page for page in held if self.pool.find(self.table[page])[0].format.bits > bits]
-        if not held:
-            return
-        assert plane is not None or self.blocks.kept, "the pool keeps no summary that could stand for a page"
-        gone = [self.pool.find(self.table[page]) for page in held]
-        self._charge({} if plane is None else {plane: len(held)}, gone)
-        for page, (old, slot) in zip(held, gone, strict=True):
-            if keep_exact and old is self.pool.native:
-                (self.exact[page],) = self.pool.host.take()
-                self._copy(old, slot, self.pool.host, self.exact[page])
-            elif not keep_exact and page in self.exact:
-                self.pool.host.release([self.exact.pop(page)])
-        if plane is not None:
-            which = torch.tensor(held)
-            numbers = {what: self.whole_pages(which, what) for what in ("k", "v")}
-            slots = plane.take(len(held))
-            for what, rows in numbers.items():
-                plane.write(slots, what, rows)
-        for i, page in enumerate(held):
-            self.pages.put(page, DROPPED if plane is None else plane.handle(slots[i]))
-        self._release(gone)
-        self.mirror.clear()
-
-    def promote(self, pages: Sequence[int]) -> None:
-        """Bring pages back from their exact copies in host memory (PoolExhaustedError: none was brought back)."""
-        assert all(page in self.exact for page in pages), "no exact copy of the page was kept"
-        gone = [self.pool.find(self.table[page]) for page in pages if self.table[page] != DROPPED]
-        self._charge({self.pool.native: len(pages)}, gone)
-        for page, slot in zip(pages, self.pool.native.take(len(pages)), strict=True):
-            self._from_host(page, slot)
-            self.pages.put(page, slot)
-        self._release(gone)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return what is held of the pages, in order, and which they are: what `restore` takes."""
@@ -291,10 +237,11 @@ class PagedKV(PageWriter):
             self.memory.truncate(0)
             self.memory = memory
         self._release(self._referred())
-        self.pool.host.release(self.exact.values())
+        self._forget_copies(self.exact)
         self.mirror.clear()
-        self.pages, self.blocks, self.exact, self.raw = SlotTable(), BlockSummaries(self.pool), {}, {}
-        self.rounded = set()
+        self.pages, self.blocks, self.rounded = SlotTable(), BlockSummaries(self.pool), set()
+        # Pages that are old enough by now stay as they were saved.
+        self._written, self._fresh = self._old_enough(0, length).stop, 0
         self._length = self._committed = length
         parts.unpack(self)
 
@@ -302,10 +249,10 @@ class PagedKV(PageWriter):
         """See `pool.Movable`."""
         if plane is self.pool.marks:
             self.blocks.table.move(moves)
-        elif plane is self.pool.host:
-            self.exact = {page: moves.get(slot, slot) for page, slot in self.exact.items()}
+        elif any(host is plane for host in self.pool.hosts):
+            base = next(host.handle(0) for host in self.pool.hosts if host is plane)
+            here = {base + old: base + new for old, new in moves.items()}
+            self.exact = {page: here.get(handle, handle) for page, handle in self.exact.items()}
         else:
             base = next(made.handle(0) for made in self.pool.planes if made is plane)
             self.pages.move({base + old: base + new for old, new in moves.items()})
-            if plane is self.pool.native:
-                self.raw = {page: moves.get(slot, slot) for page, slot in self.raw.items()}

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
-from longspan.kv.formats import Format
+from longspan.kv.encodings import Format
 from longspan.kv.tables import NATIVE
 
 # A page's handle is its slot plus its plane's number times this: handles of plane 0, the native one, are slots.
 SHIFT = NATIVE.bit_length() - 1
+SLOT = (1 << SHIFT) - 1
+"""What of a handle is the slot."""
 
 
 class Plane:
@@ -142,11 +144,17 @@ class PagePlane(Plane):
             shapes[what] = ((PAGE, made.code_dim(dim)), made.code_dtype)
             shapes[f"{what}_scale"] = (made.scale_shape(what, dim), made.scale_dtype)
         super().__init__(shapes, heads, device, budget)
-        self.number, self.format = number, made
+        self.number, self.format, self.dims = number, made, dict(dims)
 
     def handle(self, slot: int) -> int:
         """Return what stands for a slot of this plane in a page table."""
         return (self.number << SHIFT) + slot
+
+    def import_from(self, other: PagePlane, sources: list[int], targets: list[int]) -> None:
+        """Copy pages as they are from a plane of the same format, on whichever device."""
+        assert other.format.coding == self.format.coding, "only pages of one format are copied as they are"
+        for name, tensor in self.tensors.items():
+            tensor[:, targets] = other.tensors[name][:, sources].to(tensor.device)
 
     def write(self, slots: list[int], what: str, pages: Tensor) -> None:
         """Encode whole pages of `k` or `v` `[Hkv, n, PAGE, D]` into slots."""
@@ -159,7 +167,8 @@ class PagePlane(Plane):
         codes = self.tensors[what][:, slots]
         if self.format.code_dtype == dtype:
             return codes
-        return self.format.decode(codes, self.tensors[f"{what}_scale"][:, slots], dtype)
+        scales = self.tensors[f"{what}_scale"][:, slots]
+        return self.format.decode(codes, scales, what, self.dims[what], dtype)
 
     def rows(self, head: Tensor, slot: Tensor, offset: Tensor, what: str, dtype: torch.dtype) -> Tensor:
         """Return single tokens of `k` or `v` `[n, D]`, given int64 `[n]` head, slot and place in the page."""
@@ -168,8 +177,8 @@ class PagePlane(Plane):
         page = head * self.slots + slot
         picked = codes.flatten(0, 2)[page * PAGE + offset]
         rows = scales.shape[2]
-        scale = scales.flatten(0, 2)[page if rows == 1 else page * rows + offset]
-        return self.format.decode(picked, scale, dtype)
+        scale = scales.flatten(0, 2)[page * rows + offset // (PAGE // rows)]
+        return self.format.decode(picked, scale, what, self.dims[what], dtype)
 
 
 def _leave(budget: Budget, aside: list[int]) -> None:

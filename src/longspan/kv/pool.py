@@ -17,7 +17,8 @@ from torch import Tensor
 from longspan.kv import formats
 from longspan.kv.base import BLOCK, PAGE, SUMMARIES
 from longspan.kv.budget import Budget
-from longspan.kv.planes import SHIFT, PagePlane, Plane
+from longspan.kv.encodings import Format
+from longspan.kv.planes import SHIFT, SLOT, PagePlane, Plane
 
 
 class Movable(Protocol):
@@ -52,7 +53,7 @@ class PagePool:
             dtype: the float type that keys and values come in; a page that is not full is held in it.
             device: where pages lie.
             budget: bytes that all contexts of this pool (and of others with the same budget) may take together.
-            kv_format: format of full pages (`formats.names()`); None: the float type itself.
+            kv_format: format of full pages (`formats.parse`); None: the float type itself.
             summaries: which of `kv.base.SUMMARIES` are kept up to date for every page.
             block: tokens that one summary stands for, a divisor of `PAGE` and a multiple of `BLOCK`.
 
@@ -77,8 +78,8 @@ class PagePool:
             device,
             root,
         )
-        # Host memory is nobody's budget here: a copy there is what frees the device.
-        self.host = PagePlane(0, self.native.format, kv_heads, self.dims, torch.device("cpu"), Budget())
+        self._hosts: list[PagePlane] = []
+        self.host = self.host_plane(self.native.format)
         self.budget.require(self.least_bytes, "one page of a layer")
 
     @property
@@ -124,19 +125,57 @@ class PagePool:
     def _free(self, slots: list[int]) -> None:
         self.native.free_slots = slots
 
-    def plane(self, name: str) -> PagePlane:
-        """Return the plane of a format, made on first use (UnknownNameError, UsageError: see `formats.format_of`)."""
-        made = formats.format_of(name, self.dtype)
-        for plane in self._planes:
-            if plane.format is made:
-                return plane
-        plane = PagePlane(len(self._planes), made, self.kv_heads, self.dims, self.device, self.budget.root)
-        self._planes.append(plane)
-        return plane
+    def empty(self) -> PagePool:
+        """Return a pool of the same kind without any slot or budget."""
+        dim, value_dim = self.dims["k"], self.dims["v"]
+        made, kinds = self.format.describe(), self.summaries
+        return PagePool(
+            self.kv_heads, dim, value_dim, self.dtype, self.device, kv_format=made, summaries=kinds, block=self.block
+        )
+
+    @property
+    def hosts(self) -> Sequence[PagePlane]:
+        """The planes of copies in host memory, by number; the native type's is the first."""
+        return self._hosts
+
+    def plane(self, spec: str) -> PagePlane:
+        """Return the plane of a format, made on first use (UnknownNameError, UsageError: see `formats.format_of`).
+
+        A name without options is the pool's own format of that name, if it has one.
+        """
+        return self.plane_of(self._format(spec))
+
+    def plane_of(self, made: Format) -> PagePlane:
+        """Return the plane of a format, made on first use."""
+        return self._plane_of(made, self._planes, self.device, self.budget.root)
+
+    def host_plane(self, made: Format) -> PagePlane:
+        """Return the plane of copies in host memory that are held in a format, made on first use."""
+        # Host memory is nobody's budget here: a copy there is what frees the device.
+        return self._plane_of(made, self._hosts, torch.device("cpu"), Budget())
+
+    def page_bytes(self, spec: str) -> int:
+        """Return the bytes of one page of keys and values in a format, scales included (errors: as `plane`)."""
+        made = self._format(spec)
+        return sum(made.page_bytes(what, self.kv_heads, dim) for what, dim in self.dims.items())
 
     def find(self, handle: int) -> tuple[PagePlane, int]:
         """Return the plane and the slot of a handle."""
-        return self._planes[handle >> SHIFT], handle & ((1 << SHIFT) - 1)
+        return self._planes[handle >> SHIFT], handle & SLOT
+
+    def find_host(self, handle: int) -> tuple[PagePlane, int]:
+        """Return the plane and the slot of the handle of a copy in host memory."""
+        return self._hosts[handle >> SHIFT], handle & SLOT
+
+    def _format(self, spec: str) -> Format:
+        return self.format if spec == self.format.name else formats.format_of(spec, self.dtype)
+
+    def _plane_of(self, made: Format, planes: list[PagePlane], device: torch.device, budget: Budget) -> PagePlane:
+        for plane in planes:
+            if plane.format.coding == made.coding:
+                return plane
+        planes.append(PagePlane(len(planes), made, self.kv_heads, self.dims, device, budget))
+        return planes[-1]
 
     def reserve(self, slots: int) -> None:
         """Make room for at least this many pages of the native type."""
@@ -151,7 +190,7 @@ class PagePool:
 
         A budget counts pages; the memory they leave behind when they are demoted is only freed here.
         """
-        for plane in (*self._planes, self.marks, self.host):
+        for plane in (*self._planes, self.marks, *self._hosts):
             if plane.free_slots:
                 moves = plane.compact()
                 for context in list(self._contexts):

@@ -6,6 +6,8 @@ but what it keeps to read faster: `pages.py` does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,13 @@ from longspan.kv.base import PAGE, LayerKV
 from longspan.kv.blocks import BlockSummaries
 from longspan.kv.budget import Budget
 from longspan.kv.mirror import Mirror
-from longspan.kv.planes import SHIFT
+from longspan.kv.planes import SHIFT, SLOT
 from longspan.kv.pool import PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED, SlotTable
 
-_SLOT = (1 << SHIFT) - 1
+_RUNS = 16
+"""Stretches of neighbouring slots that are read one by one; more of them are gathered plane by plane."""
 
 
 class PageReader(LayerKV):
@@ -31,7 +34,7 @@ class PageReader(LayerKV):
     blocks: BlockSummaries
     mirror: Mirror
     exact: dict[int, int]
-    """Pages that have an exact copy in host memory, and in which slot."""
+    """Pages that have a copy in host memory, more exact than what is held, and its handle there."""
     _length: int
 
     @property
@@ -55,13 +58,15 @@ class PageReader(LayerKV):
     def known_keys(self, start: int, stop: int) -> Tensor:
         """Return what is known of unrotated keys, `[1, Hkv, stop - start, D]`, whether they can be read or not.
 
-        A page that was demoted gives its exact copy, or else its mean key for each of its tokens: enough to find it.
+        A page that was demoted gives its copy in host memory, or else what is held, be it its mean key for each of its
+        tokens: enough to find it.
         """
         readable = self.readable()
-        if readable is None or start == stop:
+        if (readable is None and not self.exact) or start == stop:
             return self.keys(start, stop)
         first, last = start // PAGE, -(-stop // PAGE)
-        held = readable[first:last].cpu()
+        held = torch.ones(last - first, dtype=torch.bool) if readable is None else readable[first:last].cpu()
+        held[[page - first for page in self.exact if first <= page < last]] = False
         at = held.nonzero().flatten()
         known = self.whole_pages(at + first, "k")
         out = known.new_empty(known.shape[0], last - first, *known.shape[2:])
@@ -69,8 +74,7 @@ class PageReader(LayerKV):
         away = ((~held).nonzero().flatten() + first).tolist()
         copied, lost = [page for page in away if page in self.exact], [page for page in away if page not in self.exact]
         if copied:
-            slots = [self.exact[page] for page in copied]
-            out[:, torch.tensor(copied) - first] = self.pool.host.tensors["k"][:, slots].to(out)
+            out[:, torch.tensor(copied) - first] = self.copies(copied, "k")
         if lost:
             out[:, torch.tensor(lost) - first] = self.summary("mean_key")[0][:, lost].unsqueeze(2)
         return out.flatten(1, 2)[:, start - first * PAGE : stop - first * PAGE].unsqueeze(0)
@@ -132,7 +136,7 @@ class PageReader(LayerKV):
         elif self.pages.native(first, last):
             pages = pool.native.read(self.pages.tensor(pool.device)[first:last], what, pool.dtype)
         else:
-            pages = self.whole_pages(torch.arange(first, last), what)
+            pages = self._several(first, last, what)
         return pages.flatten(1, 2)[:, start - first * PAGE : stop - first * PAGE].unsqueeze(0)
 
     def whole_pages(self, which: Tensor, what: str) -> Tensor:
@@ -144,8 +148,32 @@ class PageReader(LayerKV):
         for plane in pool.planes:
             mine = (handles >> SHIFT == plane.number).nonzero().flatten()
             if mine.numel():
-                out[:, mine] = plane.read(handles[mine] & _SLOT, what, pool.dtype)
+                out[:, mine] = plane.read(handles[mine] & SLOT, what, pool.dtype)
         return out
+
+    def copies(self, pages: Sequence[int], what: str) -> Tensor:
+        """Return `k` or `v` of pages that have a copy in host memory, as `[Hkv, n, PAGE, D]` on the pool's device."""
+        pool = self.pool
+        out = torch.empty(pool.kv_heads, len(pages), PAGE, pool.dims[what], dtype=pool.dtype, device=pool.device)
+        handles = torch.tensor([self.exact[page] for page in pages])
+        for plane in pool.hosts:
+            mine = (handles >> SHIFT == plane.number).nonzero().flatten()
+            if mine.numel():
+                out[:, mine.to(pool.device)] = plane.read(handles[mine] & SLOT, what, pool.dtype).to(pool.device)
+        return out
+
+    def _several(self, first: int, last: int, what: str) -> Tensor:
+        """Return `k` or `v` of neighbouring pages in several planes or places, as `whole_pages` does."""
+        runs = self.pages.runs(first, last)
+        if len(runs) > _RUNS:
+            return self.whole_pages(torch.arange(first, last), what)
+        parts = []
+        for start, stop in runs:
+            handle = self.table[start]
+            assert handle != DROPPED, "a dropped page was asked for"
+            plane, slot = self.pool.find(handle)
+            parts.append(plane.read(slice(slot, slot + stop - start), what, self.pool.dtype))
+        return torch.cat(parts, 1)
 
     def _gather(self, what: str, index: Tensor) -> Tensor:
         """Return `k` or `v` `[Hkv, F, D]` of the tokens that each head (or, `[1, F]`, every head) wants."""
@@ -165,7 +193,7 @@ class PageReader(LayerKV):
         for plane in pool.planes:
             mine = (handle >> SHIFT == plane.number).nonzero().flatten()
             if mine.numel():
-                out[mine] = plane.rows(head[mine], handle[mine] & _SLOT, offset[mine], what, pool.dtype)
+                out[mine] = plane.rows(head[mine], handle[mine] & SLOT, offset[mine], what, pool.dtype)
         return out.view(*shape, -1)
 
 

@@ -178,9 +178,7 @@ class KeptRows:
         positions, learned = self.positions().gather(1, index), self.learned.kept(index, self.held)
         length = self.length
         with Undisturbed():
-            self._require(kept - start, start // PAGE)
-            self.pages.truncate(start)
-            self.pages.append(k, v)
+            self.pages.replace(start, k, v)
             self._kept, self._evicted_at, self.learned = positions, length, learned
             self._forget(start)
             self.commit()
@@ -249,17 +247,6 @@ class KeptRows:
             return self.rotary.range(keys, start + (self.evicted if own else 0))
         old = self.rotary(keys[:, :, : split - start], self._kept[:, start:split])
         return torch.cat([old, self.rotary.range(keys[:, :, split - start :], split + self.evicted)], 2)
-
-    def _require(self, rows: int, first: int) -> None:
-        """Refuse to write so many rows in place of the pages from `first` on, if the budget has no room for them."""
-        pool = self.pages.pool
-        whole, tail = divmod(rows, PAGE)
-        takes = whole * pool.plane(pool.format.name).page_bytes + (tail > 0) * pool.native.page_bytes
-        gone = [pool.find(handle) for handle in self.pages.table[first:]]
-        referred = takes - sum(plane.page_bytes for plane, _ in gone)
-        memory = takes - sum(plane.page_bytes for plane, slot in gone if plane.references[slot] == 1)
-        self.pages.budget.charge(referred, memory)
-        self.pages.budget.charge(-referred, -memory)
 
 
 def _unfit() -> SessionCorruptError:

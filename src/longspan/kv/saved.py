@@ -1,7 +1,8 @@
 """What goes to a file of one layer's pages, and what comes back.
 
 Tensors by name: `pages`, `k` and `v` of the pages in the native type; `FORMAT.pages`, `FORMAT.k`, `FORMAT.k_scale`
-and so on of those in another format; `host.*` of exact copies; `marks.*` of the summaries of pages that are not held
+and so on of those in another format, named with the options that say what its codes mean; `host.*` of copies in host
+memory, in the same way; `marks.*` of the summaries of pages that are not held
 exactly (others are computed again), and `asked.KIND.BLOCK` of summaries that the pool does not keep itself; `memory.*`
 of what a mechanism remembers beside pages.
 It does not know files: the sessions' store does.
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longspan.errors import SessionCorruptError
+from longspan.errors import SessionCorruptError, UsageError
 from longspan.kv import formats
 from longspan.kv.base import PAGE
+from longspan.kv.encodings import Format
 from longspan.kv.memory import LayerMemory
 from longspan.kv.planes import PagePlane, Plane
 from longspan.kv.pool import PagePool
@@ -39,9 +41,11 @@ def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
         if held or plane is pool.native:
             slots = [pool.find(kv.table[page])[1] for page in held]
             out.update(_plane_tensors(plane, slots, held, kv.length, _prefix(pool, plane)))
-    if kv.exact:
-        held = sorted(kv.exact)
-        out.update(_plane_tensors(pool.host, [kv.exact[page] for page in held], held, kv.length, "host."))
+    for host in pool.hosts:
+        held = [page for page in sorted(kv.exact) if pool.find_host(kv.exact[page])[0] is host]
+        if held:
+            slots = [pool.find_host(kv.exact[page])[1] for page in held]
+            out.update(_plane_tensors(host, slots, held, kv.length, f"host.{_prefix(pool, host)}"))
     kept = [page for page, mark in enumerate(kv.blocks.table.slots) if mark != DROPPED and not _recomputed(kv, page)]
     if kept:
         marks = [kv.blocks.table.slots[page] for page in kept]
@@ -59,7 +63,7 @@ class Parts:
     """Saved tensors that were found to fit a context."""
 
     groups: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]]
-    exact: tuple[list[int], Mapping[str, Tensor]]
+    exact: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]]
     marks: tuple[list[int], Mapping[str, Tensor]]
     asked: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -83,8 +87,11 @@ class Parts:
             for page, slot in zip(pages, _fill(plane, len(pages), tensors), strict=True):
                 handles[page] = plane.handle(slot)
         kv.pages = SlotTable(handles)
-        pages, tensors = self.exact
-        kv.exact = dict(zip(pages, _fill(pool.host, len(pages), tensors), strict=True))
+        kv.exact = {
+            page: host.handle(slot)
+            for host, (pages, tensors) in self.exact.items()
+            for page, slot in zip(pages, _fill(host, len(pages), tensors), strict=True)
+        }
         if pool.summaries:
             self._summaries(kv, count)
         kv.blocks.asked = {key: tensor.to(pool.device, pool.dtype).unsqueeze(0) for key, tensor in self.asked.items()}
@@ -110,15 +117,15 @@ def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]
     """Return what a context of `length` tokens would hold (SessionCorruptError if it does not fit); changes nothing."""
     pool, count = kv.pool, -(-length // PAGE)
     held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    groups = {}
-    for name in formats.names():
-        made = formats.named(name)
-        native = made is pool.native.format
-        if native or (f"{name}.pages" in held and made.bits < pool.native.format.bits):
-            plane = pool.plane(name)
-            groups[plane] = _group(held, _prefix(pool, plane), plane, count)
+    groups = {pool.native: _group(held, "", pool.native, count)}
+    exact: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]] = {}
+    for name in held:
+        if name.endswith("pages") and name not in ("pages", "marks.pages"):
+            in_host, spec = name.startswith("host."), name.removeprefix("host.").removesuffix("pages").removesuffix(".")
+            made = _format(pool, spec)
+            plane = pool.host_plane(made) if in_host else pool.plane_of(made)
+            (exact if in_host else groups)[plane] = _group(held, name.removesuffix("pages"), plane, count)
     pages = [page for found, _ in groups.values() for page in found]
-    exact = _group(held, "host.", pool.host, count) if "host.pages" in held else ([], {})
     marks = _group(held, "marks.", pool.marks, count) if pool.summaries and "marks.pages" in held else ([], {})
     asked = {}
     for name, tensor in held.items():
@@ -130,7 +137,8 @@ def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]
             if tensor.shape[1] > length // int(block):
                 raise _unfit()
             asked[what, int(block)] = tensor
-    if len(set(pages)) != len(pages):
+    copied = [page for found, _ in exact.values() for page in found]
+    if len(set(pages)) != len(pages) or len(set(copied)) != len(copied):
         raise _unfit()
     return Parts(groups, exact, marks, asked)
 
@@ -205,7 +213,15 @@ def _saves(tensor: Tensor) -> bool:
 
 
 def _prefix(pool: PagePool, plane: PagePlane) -> str:
-    return "" if plane is pool.native else f"{plane.format.name}."
+    return "" if plane.format is pool.native.format else f"{plane.format.coding}."
+
+
+def _format(pool: PagePool, spec: str) -> Format:
+    """Return the format that codes were written in; the native type is not named."""
+    try:
+        return formats.format_of(spec or None, pool.dtype)
+    except UsageError as error:
+        raise SessionCorruptError(f"the saved pages can't be read: {error}") from error
 
 
 def _recomputed(kv: PagedKV, page: int) -> bool:

@@ -7,6 +7,7 @@ looked up, not walked through.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -68,12 +69,23 @@ class SlotTable:
 
     def run(self, first: int, last: int) -> int | None:
         """Return the slot of page `first` if the pages `first .. last - 1` lie in neighbouring slots, else None."""
-        if self._breaks is None:
-            self._breaks = (np.flatnonzero(np.diff(np.array(self.slots, dtype=np.int64)) != 1) + 1).tolist()
-        after = bisect.bisect_right(self._breaks, first)
-        if after < len(self._breaks) and self._breaks[after] < last:
+        breaks = self._ends()
+        after = bisect.bisect_right(breaks, first)
+        if after < len(breaks) and breaks[after] < last:
             return None
         return self.slots[first]
+
+    def runs(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the stretches of neighbouring slots among pages `first .. last - 1`, each as its ends."""
+        breaks = self._ends()
+        inner = breaks[bisect.bisect_right(breaks, first) : bisect.bisect_left(breaks, last)]
+        return list(itertools.pairwise([first, *inner, last]))
+
+    def _ends(self) -> list[int]:
+        """Return the pages whose slot does not follow that of the page before."""
+        if self._breaks is None:
+            self._breaks = (np.flatnonzero(np.diff(np.array(self.slots, dtype=np.int64)) != 1) + 1).tolist()
+        return self._breaks
 
     def tensor(self, device: torch.device) -> Tensor:
         """Return the slots as int64 `[pages]`."""

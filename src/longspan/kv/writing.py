@@ -1,4 +1,4 @@
-"""Writing tokens into one context's pages: slots of its own, quantising what fills, summaries, bytes.
+"""Writing tokens into one context's pages: slots of its own, quantising what is old enough, summaries, bytes.
 
 The steps that `pages.py` composes. None of them can fail for want of bytes: `_charge` is called first, with all the
 slots that a change takes and gives back.
@@ -6,13 +6,14 @@ slots that a change takes and gives back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from longspan.errors import PoolExhaustedError
 from longspan.kv.base import PAGE
-from longspan.kv.planes import Plane
+from longspan.kv.planes import PagePlane, Plane
 from longspan.kv.reading import PageReader
 from longspan.kv.tables import DROPPED, NATIVE
 
@@ -22,9 +23,7 @@ Slots = Iterable[tuple[Plane, int]]
 class PageWriter(PageReader):
     """What of a context changes with every token."""
 
-    raw: dict[int, int]
-    """Pages that were quantised since the last commit, and the native slot that still holds them exactly."""
-
+    _committed: int
     rounded: set[int]
     """Pages of the native type whose first tokens went through a smaller format: their summaries are more exact."""
 
@@ -32,10 +31,15 @@ class PageWriter(PageReader):
         """Every slot that this context refers to and pays for."""
         yield from (self.pool.find(handle) for handle in self.table if handle != DROPPED)
         yield from ((self.pool.marks, mark) for mark in self.blocks.table.slots if mark != DROPPED)
-        yield from ((self.pool.native, slot) for slot in self.raw.values())
 
-    def _charge(self, takes: dict[Plane, int], gives: Slots) -> None:
-        """Count slots that will be taken and given back, before anything is changed (PoolExhaustedError)."""
+    def _charge(self, takes: Mapping[Plane, int], gives: Slots, *, only_try: bool = False) -> None:
+        """Count slots that will be taken and given back, before anything is changed (PoolExhaustedError).
+
+        Args:
+            takes: how many of each plane.
+            gives: those that are given back.
+            only_try: whether nothing is to be counted, since the steps of the change will do so.
+        """
         referred = memory = sum(plane.page_bytes * count for plane, count in takes.items())
         for plane, slot in gives:
             referred -= plane.page_bytes
@@ -43,6 +47,8 @@ class PageWriter(PageReader):
                 memory -= plane.page_bytes
         if referred or memory:
             self.budget.charge(referred, memory)
+            if only_try:
+                self.budget.charge(-referred, -memory)
 
     def _release(self, gone: Slots) -> None:
         by_plane: dict[Plane, list[int]] = {}
@@ -113,23 +119,57 @@ class PageWriter(PageReader):
                 at_each = torch.arange(start, start + rows.shape[1], device=held.device)
                 held[:, self.pages.tensor(held.device)[at_each // PAGE] * PAGE + at_each % PAGE] = rows
 
-    def _close(self, page: int) -> None:
-        """Quantise a page that just filled; the exact one is kept for `truncate`."""
-        target = self.pool.plane(self.pool.format.name)
-        (slot,) = target.take()
-        self.raw[page] = self.table[page]
-        for what in ("k", "v"):
-            target.write([slot], what, self.pool.native.tensors[what][:, [self.table[page]]])
-        self.pages.put(page, target.handle(slot))
+    def _old_enough(self, first: int, length: int) -> range:
+        """Return the pages from `first` on that a context of `length` tokens holds in the pool's format."""
+        made = self.pool.format
+        if made is self.pool.native.format:
+            return range(first, first)
+        first = max(first, -(-made.sinks // PAGE))
+        return range(first, max(first, (length - made.residual) // PAGE))
 
-    def _add_encoded(self, k: Tensor, v: Tensor, pages: int) -> None:
-        """Add whole pages, k `[Hkv, pages * PAGE, D]`, in the pool's format."""
-        target = self.pool.plane(self.pool.format.name)
+    def _write_down(self, first: int, length: int) -> int:
+        """Write pages from `first` on in the pool's format, those that are old enough at `length`.
+
+        Returns:
+            The first page that is not old enough. Or `first`, where other contexts share the pages and the budget has
+            no room for the smaller ones beside: then they stay as they are, which loses nothing but room.
+        """
+        old = self._old_enough(first, length)
+        due = [page for page in old if 0 <= self.table[page] < NATIVE]
+        if due:
+            plane, gone = self.pool.plane(self.pool.format.name), [self.pool.find(self.table[page]) for page in due]
+            try:
+                self._charge({plane: len(due)}, gone)
+            except PoolExhaustedError:
+                return first
+            self._recode(due, plane, {what: self.whole_pages(torch.tensor(due), what) for what in ("k", "v")})
+            self._release(gone)
+        return max(first, old.stop)
+
+    def _recode(self, pages: Sequence[int], plane: PagePlane, numbers: Mapping[str, Tensor]) -> None:
+        """Give pages new slots with these numbers `[Hkv, n, PAGE, D]`; those they had are the caller's to release."""
+        slots = plane.take(len(pages))
+        for what, rows in numbers.items():
+            plane.write(slots, what, rows)
+        for page, slot in zip(pages, slots, strict=True):
+            self.pages.put(page, plane.handle(slot))
+        self.mirror.clear()
+
+    def _add_encoded(self, k: Tensor, v: Tensor) -> None:
+        """Add whole pages at once, k `[Hkv, n, D]`, in the pool's format."""
+        target, pages = self.pool.plane(self.pool.format.name), k.shape[1] // PAGE
+        marks = pages if self.blocks.kept else 0
+        self._charge({target: pages, self.pool.marks: marks}, ())
+        for mark in self.pool.marks.take(marks):
+            self.blocks.table.append(mark)
+        if marks:
+            self._summarise(k, v)
         slots = target.take(pages)
         for what, rows in (("k", k), ("v", v)):
             target.write(slots, what, rows.unflatten(1, (pages, PAGE)))
         for slot in slots:
             self.pages.append(target.handle(slot))
+        self._length += pages * PAGE
 
     def _summarise(self, k: Tensor, v: Tensor) -> None:
         """Write the summaries of the blocks that k `[Hkv, n, D]` and v fill, which are not in their pages yet."""
@@ -144,11 +184,22 @@ class PageWriter(PageReader):
         self.blocks.write(self, start, k, v)
 
     def _from_host(self, page: int, slot: int) -> None:
-        """Copy a page's exact copy into a native slot, and give the copy up."""
-        self._copy(self.pool.host, self.exact[page], self.pool.native, slot)
-        self.pool.host.release([self.exact.pop(page)])
+        """Copy a page's copy in host memory into a native slot, and give the copy up."""
+        for what in ("k", "v"):
+            self.pool.native.write([slot], what, self.copies([page], what))
+        if self.pool.find_host(self.exact[page])[0] is not self.pool.host:
+            self.rounded.add(page)
+        self._forget_copies([page])
 
-    @staticmethod
-    def _copy(source: Plane, from_slot: int, target: Plane, to_slot: int) -> None:
-        for name, tensor in target.tensors.items():
-            tensor[:, to_slot] = source.tensors[name][:, from_slot].to(tensor.device)
+    def _keep_copies(self, pages: Sequence[int]) -> None:
+        """Copy pages as they are to host memory, those that have no copy there, which would be as exact or more."""
+        for plane in self.pool.planes:
+            mine = [page for page in pages if page not in self.exact and self.pool.find(self.table[page])[0] is plane]
+            if mine:
+                host = self.pool.host_plane(plane.format)
+                slots = host.take(len(mine))
+                host.import_from(plane, [self.pool.find(self.table[page])[1] for page in mine], slots)
+                self.exact.update((page, host.handle(slot)) for page, slot in zip(mine, slots, strict=True))
+
+    def _forget_copies(self, pages: Iterable[int]) -> None:
+        self._release([self.pool.find_host(self.exact.pop(page)) for page in list(pages)])

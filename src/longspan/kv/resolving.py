@@ -1,0 +1,154 @@
+"""One context's pages in less or more detail: a smaller format, their summaries alone, or brought back.
+
+A page that is demoted may leave a copy of what it was held as in host memory, which no budget counts; from there it can
+be promoted again, and written down in any smaller format without rounding twice. It does not know which pages matter:
+`attention/rebalance.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.kv.base import PAGE
+from longspan.kv.planes import SHIFT, PagePlane
+from longspan.kv.tables import DROPPED
+from longspan.kv.writing import PageWriter
+
+SUMMARY = "summary"
+"""The resolution of a page of which only summaries are left (and perhaps a copy in host memory)."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a page can be held as."""
+
+    name: str
+    bits: int
+    nbytes: int
+    """Bytes of a page, beside its summary."""
+    error: float
+    """Typical error of what it gives back (`Format.error`); 1: nothing but means."""
+
+
+class PageResolver(PageWriter):
+    """What moves pages between resolutions."""
+
+    def ladder(self, formats: Sequence[str]) -> list[Resolution]:
+        """Return what pages can be held as, in ever more bits: the summary, formats, the pool's format, its own type.
+
+        Args:
+            formats: those between the summary and the pool's format; what is not smaller than it is left out.
+        """
+        pool = self.pool
+        planes = {pool.plane(name).format.bits: pool.plane(name) for name in formats}
+        planes = {bits: plane for bits, plane in planes.items() if bits < pool.format.bits}
+        for plane in (pool.plane(pool.format.name), pool.native):
+            planes[plane.format.bits] = plane
+        found = [Resolution(p.format.name, bits, p.page_bytes, p.format.error) for bits, p in sorted(planes.items())]
+        # With very small heads, scales may take more than a smaller format saves.
+        held = [low for i, low in enumerate(found) if all(low.nbytes < high.nbytes for high in found[i + 1 :])]
+        return [Resolution(SUMMARY, 0, 0, 1.0), *held]
+
+    def levels(self, ladder: Sequence[Resolution]) -> tuple[Tensor, Tensor]:
+        """Return where on a ladder each page is held, and where its copy in host memory is, int64 `[pages]` each.
+
+        A page without a copy, or of which nothing but a copy of less is there, can't be brought higher than it is held.
+        """
+
+        def level(plane: PagePlane) -> int:
+            """Return the highest level of no more bits."""
+            return max(i for i, resolution in enumerate(ladder) if resolution.bits <= plane.format.bits)
+
+        by_plane = torch.tensor([level(plane) for plane in self.pool.planes])
+        by_host = [level(plane) for plane in self.pool.hosts]
+        handles = self.pages.tensor(self.pool.device).cpu()
+        held = torch.where(handles == DROPPED, 0, by_plane[(handles >> SHIFT).clamp(min=0)])
+        best = held.clone()
+        if self.exact:
+            copied = torch.tensor(list(self.exact))
+            best[copied] = torch.tensor([by_host[handle >> SHIFT] for handle in self.exact.values()])
+        return held, torch.maximum(held, best)
+
+    def resolution(self, page: int) -> str:
+        """Return the format that a page is held in, or `summary` (of which nothing may be kept, if it was dropped)."""
+        handle = self.table[page]
+        return SUMMARY if handle == DROPPED else self.pool.find(handle)[0].format.name
+
+    def demote(self, pages: Sequence[int], to: str, *, keep_exact: bool = False) -> None:
+        """Write full pages down in a smaller format, or leave them to their summaries.
+
+        Pages must have been committed: those of a question may still have to come back exactly. A page that is held in
+        as small a format already stays as it is.
+
+        Args:
+            pages: numbers of pages; each once.
+            to: a format (`pool.plane`), or `summary`.
+            keep_exact: whether a copy stays in host memory, for `promote`: one of what is held now, or the one that is
+                there already.
+
+        Raises:
+            UnknownNameError, UsageError: no such format, or none for this float type.
+            PoolExhaustedError: other contexts share the pages, and the budget has no room for the smaller ones beside.
+        """
+        assert all(0 <= page < self._committed // PAGE for page in pages), "only pages that were committed are demoted"
+        plane = None if to == SUMMARY else self.pool.plane(to)
+        bits = 0 if plane is None else plane.format.bits
+        held = [page for page in pages if self.table[page] != DROPPED]
+        held = [page for page in held if self.pool.find(self.table[page])[0].format.bits > bits]
+        if not held:
+            return
+        assert plane is not None or self.blocks.kept, "the pool keeps no summary that could stand for a page"
+        gone = [self.pool.find(self.table[page]) for page in held]
+        self._charge({} if plane is None else {plane: len(held)}, gone)
+        if keep_exact:
+            self._keep_copies(held)
+        if plane is None:
+            for page in held:
+                self.pages.put(page, DROPPED)
+            self.mirror.clear()
+        else:
+            self._recode(held, plane, {what: self._best(held, what) for what in ("k", "v")})
+        if not keep_exact:
+            self._forget_copies([page for page in held if page in self.exact])
+        self._release(gone)
+
+    def promote(self, pages: Sequence[int], to: str | None = None) -> None:
+        """Bring pages back from their copies in host memory.
+
+        Args:
+            pages: numbers of pages; each once.
+            to: a format in more detail than they are held in, and in less than their copies, which then stay; None:
+                what the copies are, which are given up.
+
+        Raises:
+            PoolExhaustedError: none was brought back.
+        """
+        assert all(page in self.exact for page in pages), "no exact copy of the page was kept"
+        gone = [self.pool.find(self.table[page]) for page in pages if self.table[page] != DROPPED]
+        copies = [self.pool.find_host(self.exact[page]) for page in pages]
+        planes = [self.pool.plane_of(host.format) if to is None else self.pool.plane(to) for host, _ in copies]
+        by_plane = {plane: [i for i, each in enumerate(planes) if each is plane] for plane in planes}
+        self._charge({plane: len(mine) for plane, mine in by_plane.items()}, gone)
+        for plane, mine in by_plane.items():
+            chosen = [pages[i] for i in mine]
+            if to is not None:
+                self._recode(chosen, plane, {what: self.copies(chosen, what) for what in ("k", "v")})
+                continue
+            slots = plane.take(len(mine))
+            plane.import_from(copies[mine[0]][0], [copies[i][1] for i in mine], slots)
+            for page, slot in zip(chosen, slots, strict=True):
+                self.pages.put(page, plane.handle(slot))
+            self._forget_copies(chosen)
+        self._release(gone)
+
+    def _best(self, pages: Sequence[int], what: str) -> Tensor:
+        """Return `k` or `v` of pages `[Hkv, n, PAGE, D]`, from their copies in host memory where they have one."""
+        numbers = self.whole_pages(torch.tensor(pages), what)
+        copied = [i for i, page in enumerate(pages) if page in self.exact]
+        if copied:
+            numbers[:, copied] = self.copies([pages[i] for i in copied], what)
+        return numbers
