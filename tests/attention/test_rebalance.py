@@ -12,7 +12,7 @@ from longspan.attention.rebalance import PageMass, rebalance
 from longspan.errors import UsageError
 from longspan.kv.base import PAGE, SUMMARIES, TensorKV
 from longspan.kv.pages import PagedKV, PagePool
-from longspan.kv.resolving import Resolution
+from longspan.kv.pool import Resolution
 from longspan.kv.rotary import Rotary
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from longspan.attention.tree_descent import FANOUT
 from longspan.errors import UsageError
 from longspan.kv.base import PAGE
-from longspan.kv.resolving import Resolution
+from longspan.kv.pool import Resolution
 
 FORMATS = ("int2", "int4")
 """What pages are held in between their summary and what they come in."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -85,7 +86,7 @@ class Format(ABC):
         page = self.page_bytes("k", 1, dim) + self.page_bytes("v", 1, value_dim)
         return page / (PAGE * (dim + value_dim))
 
-    @property
+    @cached_property
     def coding(self) -> str:
         """The specification with every option that says what codes mean: what a file of codes must name."""
         deciding = [field for field in dataclasses.fields(self) if field.name not in _WHEN]

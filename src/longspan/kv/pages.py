@@ -25,8 +25,8 @@ from longspan.kv.blocks import BlockSummaries
 from longspan.kv.budget import Budget
 from longspan.kv.mirror import Mirror
 from longspan.kv.planes import Plane
-from longspan.kv.pool import PagePool
-from longspan.kv.resolving import SUMMARY, PageResolver
+from longspan.kv.pool import SUMMARY, PagePool
+from longspan.kv.resolving import PageResolver
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED, SlotTable
 from longspan.kv.undisturbed import Undisturbed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +20,21 @@ from longspan.kv.base import BLOCK, PAGE, SUMMARIES
 from longspan.kv.budget import Budget
 from longspan.kv.encodings import Format
 from longspan.kv.planes import SHIFT, SLOT, PagePlane, Plane
+
+SUMMARY = "summary"
+"""The resolution of a page of which only summaries are left (and perhaps a copy in host memory)."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a page can be held as."""
+
+    name: str
+    bits: int
+    nbytes: int
+    """Bytes of a page, beside its summary."""
+    error: float
+    """Typical error of what it gives back (`Format.error`); 1: nothing but means."""
 
 
 class Movable(Protocol):
@@ -79,6 +95,7 @@ class PagePool:
             root,
         )
         self._hosts: list[PagePlane] = []
+        self._ladders: dict[tuple[str, ...], list[Resolution]] = {}
         self.host = self.host_plane(self.native.format)
         self.budget.require(self.least_bytes, "one page of a layer")
 
@@ -124,6 +141,26 @@ class PagePool:
     @_free.setter
     def _free(self, slots: list[int]) -> None:
         self.native.free_slots = slots
+
+    def ladder(self, formats: Sequence[str]) -> list[Resolution]:
+        """Return what pages can be held as, in ever more bits: the summary, formats, the pool's format, its own type.
+
+        Args:
+            formats: those between the summary and the pool's format; what is not smaller than it is left out.
+        """
+        known = self._ladders.get(tuple(formats))
+        if known is None:
+            planes = {self.plane(name).format.bits: self.plane(name) for name in formats}
+            planes = {bits: plane for bits, plane in planes.items() if bits < self.format.bits}
+            for plane in (self.plane(self.format.name), self.native):
+                planes[plane.format.bits] = plane
+            found = [
+                Resolution(p.format.name, bits, p.page_bytes, p.format.error) for bits, p in sorted(planes.items())
+            ]
+            # With very small heads, scales may take more than a smaller format saves.
+            held = [low for i, low in enumerate(found) if all(low.nbytes < high.nbytes for high in found[i + 1 :])]
+            known = self._ladders[tuple(formats)] = [Resolution(SUMMARY, 0, 0, 1.0), *held]
+        return known
 
     def empty(self) -> PagePool:
         """Return a pool of the same kind without any slot or budget."""

@@ -8,50 +8,23 @@ be promoted again, and written down in any smaller format without rounding twice
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longspan.kv.base import PAGE
 from longspan.kv.planes import SHIFT, PagePlane
+from longspan.kv.pool import SUMMARY, Resolution
 from longspan.kv.tables import DROPPED
 from longspan.kv.writing import PageWriter
-
-SUMMARY = "summary"
-"""The resolution of a page of which only summaries are left (and perhaps a copy in host memory)."""
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What a page can be held as."""
-
-    name: str
-    bits: int
-    nbytes: int
-    """Bytes of a page, beside its summary."""
-    error: float
-    """Typical error of what it gives back (`Format.error`); 1: nothing but means."""
 
 
 class PageResolver(PageWriter):
     """What moves pages between resolutions."""
 
     def ladder(self, formats: Sequence[str]) -> list[Resolution]:
-        """Return what pages can be held as, in ever more bits: the summary, formats, the pool's format, its own type.
-
-        Args:
-            formats: those between the summary and the pool's format; what is not smaller than it is left out.
-        """
-        pool = self.pool
-        planes = {pool.plane(name).format.bits: pool.plane(name) for name in formats}
-        planes = {bits: plane for bits, plane in planes.items() if bits < pool.format.bits}
-        for plane in (pool.plane(pool.format.name), pool.native):
-            planes[plane.format.bits] = plane
-        found = [Resolution(p.format.name, bits, p.page_bytes, p.format.error) for bits, p in sorted(planes.items())]
-        # With very small heads, scales may take more than a smaller format saves.
-        held = [low for i, low in enumerate(found) if all(low.nbytes < high.nbytes for high in found[i + 1 :])]
-        return [Resolution(SUMMARY, 0, 0, 1.0), *held]
+        """See `PagePool.ladder`."""
+        return self.pool.ladder(formats)
 
     def levels(self, ladder: Sequence[Resolution]) -> tuple[Tensor, Tensor]:
         """Return where on a ladder each page is held, and where its copy in host memory is, int64 `[pages]` each.
