@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,10 @@ import pytest
 from longspan import settings
 
 settings.share_cores()
+
+if shutil.which("nvidia-smi") is None:
+    # Kernels run in Triton's interpreter; it is read as Triton is imported, which other libraries do unasked.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Helpers beside the tests (plain.py) are imported by name; those in this folder are found as it is.
 sys.path.insert(0, str(Path(__file__).parent / "attention"))
