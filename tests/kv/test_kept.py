@@ -366,3 +366,17 @@ def test_fp8_in_powers_of_two_keeps_its_bound():
 def test_a_budget_below_one_page_a_head_is_refused():
     with pytest.raises(UsageError, match="one page"):
         layer(budget=Budget(10))
+
+
+@pytest.mark.parametrize("spec", ["fp8", "int4:residual=0,sinks=0"])
+def test_rows_that_were_rounded_are_read_rounded(spec):
+    turning = Rotary(torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    (rows,) = layer(kv_format=spec, turning=turning).groups
+    rows.append(*tokens(200))
+    exact = rows.keys_as_read(200, True).clone()
+    low, _ = rows.bounds(exact[0], 16, True)[0]
+    rows.commit()
+    rounded = rows.keys_as_read(200, True)
+    assert not torch.equal(rounded[:, :, :128], exact[:, :, :128])
+    torch.testing.assert_close(rounded, turning.range(rows.pages.keys(0, 200), 0))
+    assert not torch.equal(rows.bounds(rounded[0], 16, True)[0][0], low)

@@ -8,6 +8,9 @@ question or an answer evict nothing, since they may be taken back, and nothing i
 With `heads=adaptive` the heads of a layer share their budgets: see `keeping.py`. Up to the trained length keys are read
 at their true positions, beyond it as if those that are held followed one another, so that no distance exceeds them.
 Given plain keys and values (`attend`), those before the first query are held, and the queries are read in stretches.
+
+`when=question` forgets nothing of a document: each question is read on a copy, which then evicts down to the budget
+before its answer is written. What the next question asks about is still there; so are its bytes.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from longspan.kv.kept import KeptKV
 from longspan.kv.rows import KeptRows, Learned
 
 HEADS = ("same", "adaptive")
+WHEN = ("document", "question")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Evicting(Mechanism):
     """Share of the budget that each head keeps for sure where shares differ."""
     every: int = 0
     """Tokens of a document between two evictions; 0: only after all of it, or where there is no room for more."""
+    when: str = "document"
+    """What evicts: the `document` as it is read, for good; or each `question`, on a copy of the whole document."""
 
     evicts: ClassVar[bool] = True
     bounded_memory: ClassVar[bool] = True
@@ -79,6 +85,7 @@ class Evicting(Mechanism):
         at_least("window", self.window, 0)
         at_least("every", self.every, 0)
         one_of("heads", self.heads, HEADS)
+        one_of("when", self.when, WHEN)
         if not 0 <= self.safeguard <= 1:
             raise UsageError(f"safeguard={self.safeguard} is no share: it must be between 0 and 1")
         if self.budget < self.least:
@@ -127,6 +134,18 @@ class Evicting(Mechanism):
     def least(self) -> int:
         """Return the fewest keys that a head may keep."""
         return self.sinks + self.window + 1
+
+    @property
+    def per_question(self) -> bool:
+        """Whether documents stay whole, and each question evicts on a copy."""
+        return self.when == "question"
+
+    def asked(self, count: int, n: int) -> Evicting:
+        """Return this mechanism for one question of `count` tokens, the last of n: they observe, and they stay.
+
+        A question longer than half of what is kept stays with its newest tokens alone.
+        """
+        return replace(self, window=max(self.window, min(count, self.keeps(n) // 2 - self.sinks)))
 
     def attend_kept(self, q: Tensor, kv: KeptKV, *, scale: float, learn: bool, decode: bool) -> Tensor:
         """Attend from the last T tokens, whose keys and values the layer holds already.
@@ -188,7 +207,7 @@ class Evicting(Mechanism):
                 most=most,
             )
         )
-        if not self.every:
+        if not self.every and not self.per_question:
             # What queries said of the rows was for this eviction; a later document brings queries of its own.
             for rows in kv.groups:
                 rows.learn(replace(rows.learned, whole={}))
@@ -208,7 +227,9 @@ class Evicting(Mechanism):
 
     def _as_dense(self, first: int, stop: int) -> bool:
         """Whether the queries `first .. stop - 1`, before which everything is held, read everything."""
-        return self.every == 0 or not any(at > self.keeps(at) for at in self._evictions(first, stop))
+        return (
+            self.every == 0 or self.per_question or not any(at > self.keeps(at) for at in self._evictions(first, stop))
+        )
 
     def _evictions(self, first: int, stop: int) -> range:
         """Return after which of the lengths `first + 1 .. stop - 1` keys are evicted."""
@@ -250,13 +271,15 @@ class Evicting(Mechanism):
         """See `Mechanism.cost`; kept are keys, values, positions and what was learned."""
         keys = min(n, self.keeps(n))
         prefill = n * shape.read_flops((n + 1) / 2)
-        if self.every:
+        # A question's own copy comes on top of the document.
+        kept = keys + n if self.per_question and keys < n else keys
+        if self.every and not self.per_question:
             most = min(n, keys + self.every)
             prefill = most * shape.read_flops((most + 1) / 2) + (n - most) * shape.read_flops(keys + self.every / 2)
         return Cost(
             decode_flops=shape.read_flops(keys),
             decode_bytes=keys * shape.token_bytes,
             prefill_flops=prefill,
-            kept_bytes=keys * (shape.token_bytes + 8 * shape.kv_heads) + self.learned_bytes(keys, shape),
+            kept_bytes=kept * (shape.token_bytes + 8 * shape.kv_heads) + self.learned_bytes(kept, shape),
             decode_keys=keys,
         )

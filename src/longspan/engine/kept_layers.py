@@ -4,6 +4,9 @@ Keys are evicted where the mechanism's own schedule says so, and before that whe
 trained length (rows held are read at the positions that the model knows) or the byte budget. Then fewer may be kept
 than the mechanism would (`Mechanism.within`): room is left for a chunk of documents, or a question and its answer.
 Statistics and positions are no keys: the budget does not count them, `nbytes` does. It does not know how rows score.
+
+With `when=question` documents stay whole, as far as positions and bytes allow, and `asked` is the copy on which one
+question is read and evicts.
 """
 
 from __future__ import annotations
@@ -62,6 +65,8 @@ class KeptLayers:
             for _ in range(sizes.layers)
         ]
         budget.require(sum(kv.least_bytes for kv in self.layers), f"one page for each of {sizes.layers} layers")
+        self.whole = mechanism.per_question
+        """Whether documents are kept as a whole, and evicting is left to copies of these layers."""
 
     @classmethod
     def of(cls, model: CausalModel, mechanism: Mechanism, kv_format: str | None, budget: Budget) -> KeptLayers | None:
@@ -80,7 +85,7 @@ class KeptLayers:
 
     def next_stop(self, length: int) -> int:
         """Return the length that no chunk may pass: where keys are evicted next by schedule."""
-        every = self.mechanism.every
+        every = 0 if self.whole else self.mechanism.every
         return (length // every + 1) * every if every else length + self.chunk
 
     def make_room(self, length: int, new: int, chunk: int) -> None:
@@ -94,7 +99,7 @@ class KeptLayers:
         Raises:
             PoolExhaustedError: the byte budget does not hold a page of keys and a chunk.
         """
-        scheduled = self.mechanism.every > 0 and length % self.mechanism.every == 0
+        scheduled = not self.whole and self.mechanism.every > 0 and length % self.mechanism.every == 0
         rows = self._rows_left(chunk)
         for kv in self.layers:
             crowded = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
@@ -106,6 +111,15 @@ class KeptLayers:
         rows = self._rows_left(chunk)
         for kv in self.layers:
             self._evict(kv, length, 0, rows, chunk)
+
+    def asked(self, count: int, length: int) -> KeptLayers:
+        """Return a copy that shares every page, on which a question of `count` tokens is read after `length` others.
+
+        Once it was read, `finish` evicts there. PoolExhaustedError: as `fork`.
+        """
+        other = self.fork(self.budget)
+        other.mechanism, other.whole = self.mechanism.asked(count, length + count), False
+        return other
 
     def reader(self, *, learn: bool) -> Reader:
         """Return what adds new tokens to every layer and attends from them; `learn`: they are read for good."""
@@ -147,7 +161,10 @@ class KeptLayers:
         window, mechanism = self.model.dimensions.window, self.mechanism
         # Beyond the trained length a quarter of it is left for questions and answers, which follow the rows.
         most = window - window // 4 if length + new > window else window
-        keep = min(mechanism.keeps(length), most, most if rows is None else rows - chunk)
+        wanted = mechanism.keeps(length)
+        # Where documents stay whole, a question's copy needs rows of its own.
+        left = most if rows is None else rows - chunk - (wanted if self.whole else 0)
+        keep = min(length if self.whole else wanted, most, left)
         if kv.total <= keep * kv.kv_heads and kv.held <= most:
             return
         if keep < PAGE:
@@ -156,7 +173,7 @@ class KeptLayers:
                 f"the {self.budget.root.name} budget of {size(spent)} does not hold {PAGE} keys of every layer and a "
                 f"chunk of {chunk}: raise it (--kv-budget)"
             )
-        if keep < mechanism.keeps(length):
+        if keep < wanted:
             mechanism = mechanism.within(keep, length)
         mechanism.evict(kv, keep, most)
 

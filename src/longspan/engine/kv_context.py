@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, Shape, make
 from longspan.attention.rebalance import PageMass
+from longspan.engine.asked_copy import AskedCopy
 from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
 from longspan.engine.kept_layers import KeptLayers
+from longspan.engine.readers import Asked, Attending
 from longspan.engine.recurrence import SHARE, Recurrence
 from longspan.engine.resolutions import Needs, demoted, settle
 from longspan.errors import PoolExhaustedError, UsageError
-from longspan.hf.attention import Enough, Reader
+from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
-from longspan.hf.trained import Trained
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.kv.memory import LayerMemory
-from longspan.kv.pages import PagedKV
-from longspan.kv.undisturbed import Undisturbed
 from longspan.retrieval.choose import token_mass
-from longspan.retrieval.heads import Head, RetrievalHeads
+from longspan.retrieval.heads import RetrievalHeads
 
 PREFILL_WINDOW = 1024
 """Newest keys, as far as the trained length holds them, that a query of a document sees beyond that length where no
@@ -68,6 +66,7 @@ class KVContext(Context):
         self.budget = Budget() if budget is None else budget
         self.kept = KeptLayers.of(model, mechanism, kv_format, self.budget)
         """Every layer's memory where keys are evicted; None: `layers` holds it."""
+        self._asked: AskedCopy | None = None
         self.layers = [
             paged(model, kv_format, self.budget, kinds, mechanism.block)
             for _ in range(model.dimensions.layers if self.kept is None else 0)
@@ -152,7 +151,8 @@ class KVContext(Context):
     @property
     def nbytes(self) -> int:
         """See `Context`."""
-        return sum(kv.nbytes for kv in self._layers()) + self.recurrence.nbytes
+        asked = 0 if self._asked is None else self._asked.nbytes
+        return sum(kv.nbytes for kv in self._layers()) + asked + self.recurrence.nbytes
 
     @property
     def beyond_window(self) -> bool:
@@ -211,6 +211,7 @@ class KVContext(Context):
             for kv in self.layers:
                 other.layers.append(kv.fork(budget))
             other.kept = None if self.kept is None else self.kept.fork(budget)
+            other._asked = None if self._asked is None else self._asked.fork(budget)
             other._masses = copy.deepcopy(self._masses)
             for kv, mass in zip(other.layers, other._masses, strict=False):
                 kv.mass = mass
@@ -220,10 +221,36 @@ class KVContext(Context):
             raise
         return other
 
+    def extend(self, tokens: Sequence[int], tick: Tick = lambda _: None) -> None:
+        """See `Context.extend`; a question that evicted and was not taken back is read again, for good."""
+        if self._asked is not None:
+            again = self.tokens[self._committed :]
+            self.truncate(self._committed)
+            super().extend(again)
+        super().extend(tokens, tick)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """See `Context.step`; the first tokens after documents are the question, which may evict on a copy."""
+        asks = self.kept is not None and self.kept.whole and self.length == self._committed
+        if self.kept is not None and asks:
+            self._asked = AskedCopy(self.kept, len(tokens), self.length)
+        out = super().step(tokens)
+        if asks and self._asked is not None:
+            self._asked.evict(self.length)
+        return out
+
+    def truncate(self, length: int) -> None:
+        """See `Context.truncate`; of a question that evicted, what stays is read again."""
+        cut = self._asked is not None and self._committed < length < self._asked.until
+        again = self.tokens[self._committed : length] if cut else []
+        super().truncate(length - len(again))
+        if again:
+            self.step(again)
+
     def mass(self, question: Sequence[int], heads: RetrievalHeads, tick: Tick = lambda _: None) -> Tensor:
         """See `Context`."""
         before = self.length
-        asked = _Asked(self._reader(self.mechanism, for_good=False), heads)
+        asked = Asked(self._reader(self.mechanism, for_good=False), heads)
         if self._adapts:
             self._settle(len(question))
         try:
@@ -293,6 +320,12 @@ class KVContext(Context):
 
     def _cut(self, length: int) -> None:
         super()._cut(length)
+        if self._asked is not None:
+            if length > self._committed:
+                self._asked.truncate(length)
+            else:
+                self._asked.free()
+                self._asked = None
         self._committed = min(self._committed, length)
         for mass in self._masses:
             mass.truncate(length // PAGE)
@@ -315,37 +348,8 @@ class KVContext(Context):
 
     def _reader(self, mechanism: Mechanism, *, for_good: bool) -> Reader:
         """Return what happens in every layer when tokens are read, documents' or those that are taken back."""
+        if self._asked is not None:
+            return self._asked.reader()
         if self.kept is not None:
             return self.kept.reader(learn=for_good)
-        return _Attending(self.layers, mechanism, self.hints, self.model.trained)
-
-
-class _Attending:
-    """A reader that appends to every layer's pages and attends by the mechanism."""
-
-    def __init__(self, layers: Sequence[PagedKV], mechanism: Mechanism, hints: Hints, trained: Trained) -> None:
-        self.layers, self.mechanism, self.hints, self.trained = layers, mechanism, hints, trained
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        kv = self.layers[layer]
-        with Undisturbed():
-            kv.append(k, v)
-        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
-        return self.mechanism.attend(q, kv, scale=scale, hints=hints)
-
-
-class _Asked:
-    """A reader that also notes the retrieval heads' queries, and stops once it has them all."""
-
-    def __init__(self, reader: Reader, heads: RetrievalHeads) -> None:
-        self.reader, self.heads = reader, heads
-        self.last = max(layer for layer, _ in heads.heads)
-        self.queries: dict[Head, Tensor] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        for head in self.heads.heads:
-            if head[0] == layer:
-                self.queries[head] = q[0, head[1]].float() * scale
-        if layer == self.last:
-            raise Enough
-        return self.reader.attend(layer, q, k, v, scale)
+        return Attending(self.layers, mechanism, self.hints, self.model.trained)

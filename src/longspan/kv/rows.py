@@ -19,7 +19,6 @@ from torch import Tensor
 from longspan.errors import SessionCorruptError
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
-from longspan.kv.mirror import Mirror
 from longspan.kv.pages import PagedKV, PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.undisturbed import Undisturbed
@@ -63,7 +62,7 @@ class KeptRows:
         self._evicted_at = 0
         self.committed = 0
         """Rows held at the last commit."""
-        self._mirror, self._mirrors_own = Mirror(), True
+        self._mirrors_own = True
         self._bounds: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -106,10 +105,11 @@ class KeptRows:
             return self.pages.keys(0, stop)
         if self.pages.budget.limited:
             return self._rotated(0, stop, own)
+        # The pages' own mirror, which they clear where they write rows down anew.
         if own != self._mirrors_own:
-            self._mirror.clear()
+            self.pages.mirror.clear()
             self._mirrors_own = own
-        return self._mirror.read(stop, lambda first, last: self._rotated(first, last, own))
+        return self.pages.mirror.read(stop, lambda first, last: self._rotated(first, last, own))
 
     def bounds(self, keys: Tensor, size: int, own: bool) -> list[tuple[Tensor, Tensor]]:
         """Return the least and the greatest key, channel by channel, of every `size` rows.
@@ -136,6 +136,7 @@ class KeptRows:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add the unrotated keys `[1, Hkv, T, D]` and values of the next T tokens (PoolExhaustedError: nothing was)."""
         self.pages.append(k, v)
+        self._follow_rewriting()
 
     def learn(self, learned: Learned) -> None:
         """Take what is known now; until the next commit, cutting tokens off brings the old knowledge back."""
@@ -144,6 +145,7 @@ class KeptRows:
     def commit(self) -> None:
         """Say that the tokens so far were read for good."""
         self.pages.commit()
+        self._follow_rewriting()
         self._lasting, self.committed = self.learned, self.held
 
     def truncate(self, length: int) -> None:
@@ -186,7 +188,7 @@ class KeptRows:
     def fork(self, budget: Budget | None = None) -> KeptRows:
         """Return the same rows, whose pages are shared until one of the two writes (PoolExhaustedError: see there)."""
         other = copy.copy(self)
-        other.pages, other._mirror, other._bounds = self.pages.fork(budget), self._mirror.fork(), dict(self._bounds)
+        other.pages, other._bounds = self.pages.fork(budget), dict(self._bounds)
         return other
 
     def free(self) -> None:
@@ -231,13 +233,18 @@ class KeptRows:
     def _forget(self, row: int) -> None:
         """Forget what was computed from the rows from `row` on."""
         if row == 0:
-            self._mirror.clear()
-        self._mirror.truncate(row)
+            self.pages.mirror.clear()
+        self.pages.mirror.truncate(row)
         self._bounds = {
             (size, own): (low[:, : row // size], high[:, : row // size])
             for (size, own), (low, high) in self._bounds.items()
             if row >= size
         }
+
+    def _follow_rewriting(self) -> None:
+        """Forget bounds of rows that a smaller format has rounded since: pages clear their mirror then."""
+        if not self.pages.mirror.length:
+            self._bounds = {}
 
     def _rotated(self, start: int, stop: int, own: bool) -> Tensor:
         """Return the keys of some rows, rotated to their own positions or to their places."""

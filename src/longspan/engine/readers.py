@@ -1,0 +1,53 @@
+"""What happens in every layer while tokens run through the model: keys go to pages, queries attend by a mechanism.
+
+It does not know when tokens are read or taken back: contexts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from longspan.attention import Hints, Mechanism
+from longspan.hf.attention import Enough, Reader
+from longspan.hf.trained import Trained
+from longspan.kv.pages import PagedKV
+from longspan.kv.undisturbed import Undisturbed
+from longspan.retrieval.heads import Head, RetrievalHeads
+
+
+class Attending:
+    """A reader that appends to every layer's pages and attends by the mechanism."""
+
+    def __init__(self, layers: Sequence[PagedKV], mechanism: Mechanism, hints: Hints, trained: Trained) -> None:
+        """Take every layer's pages, and what the mechanism is told at every layer."""
+        self.layers, self.mechanism, self.hints, self.trained = layers, mechanism, hints, trained
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `hf.attention.Reader`."""
+        kv = self.layers[layer]
+        with Undisturbed():
+            kv.append(k, v)
+        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
+        return self.mechanism.attend(q, kv, scale=scale, hints=hints)
+
+
+class Asked:
+    """A reader that also notes the retrieval heads' queries, and stops once it has them all."""
+
+    def __init__(self, reader: Reader, heads: RetrievalHeads) -> None:
+        """Take who reads, and whose queries are noted."""
+        self.reader, self.heads = reader, heads
+        self.last = max(layer for layer, _ in heads.heads)
+        self.queries: dict[Head, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `hf.attention.Reader`."""
+        for head in self.heads.heads:
+            if head[0] == layer:
+                self.queries[head] = q[0, head[1]].float() * scale
+        if layer == self.last:
+            raise Enough
+        return self.reader.attend(layer, q, k, v, scale)
