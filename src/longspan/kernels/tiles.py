@@ -1,0 +1,34 @@
+"""How a Triton kernel is cut, and how much room a chip has for it.
+
+It does not know what a kernel computes: each chooses its tile by types and sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+_ROOMY = 200 << 10
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and keys of a block, warps of a program, stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@cache
+def roomy(device: torch.device) -> bool:
+    """Return whether a program may use 200 KiB of shared memory (Hopper: 227), or must do with Ada's 99."""
+    if device.type != "cuda":
+        return False
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return bool(driver.active.utils.get_device_properties(index)["max_shared_mem"] >= _ROOMY)
