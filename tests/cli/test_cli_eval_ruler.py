@@ -27,7 +27,12 @@ def test_one_object_is_printed_and_a_second_run_asks_nothing(cli, haystack):
         ("average", 1024, 4),
     ]
     assert len(found["rows"]) == 4 and all(500 < row["tokens"] <= 1024 for row in found["rows"])
-    assert found["seed"] == 0 and found["attention"] == "streaming:window=64" and found["torch"] and found["command"]
+    assert (
+        found["seed"] == 0
+        and found["rows"][0]["attention"] == "streaming:window=64"
+        and found["torch"]
+        and found["command"]
+    )
     assert [Path(name).name for name in found["pictures"]] == ["ruler-streaming-window=64.png"]
     assert Path(found["pictures"][0]).read_bytes()[:4] == b"\x89PNG"
     assert "[4/4] qa_2 1024: " in err and "tokens/s, about 0 s left" in err
@@ -49,9 +54,9 @@ def test_the_table_names_tasks_lengths_and_intervals(cli, haystack, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(cli, haystack, monkeypatch):
-    from longspan.evals.ruler import run
+    from longspan.evals.asking.local import Local
 
-    asked, ask = [], run.ask
+    asked, ask = [], Local.ask
 
     def interrupted(*arguments):
         asked.append(1)
@@ -59,10 +64,10 @@ def test_ctrl_c_says_how_to_go_on(cli, haystack, monkeypatch):
             raise KeyboardInterrupt
         return ask(*arguments)
 
-    monkeypatch.setattr(run, "ask", interrupted)
+    monkeypatch.setattr(Local, "ask", interrupted)
     code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found")
     assert (code, out) == (130, "") and err.splitlines()[-1].endswith("the same command goes on from found")
-    monkeypatch.setattr(run, "ask", ask)
+    monkeypatch.setattr(Local, "ask", ask)
     code, _, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found")
     assert code == 0 and "[1/4]" not in err and "[2/4]" in err
 
@@ -84,6 +89,13 @@ def test_ctrl_c_says_how_to_go_on(cli, haystack, monkeypatch):
         (("--qa", "gone.json"), "can't read gone.json"),
         (("--qa", "minutes.txt"), "no JSON"),
         (("--out", "minutes.txt"), "minutes.txt"),
+        (("--question", "never"), "--question 'never' is none of"),
+        (("--order", "middle"), "--order 'middle' is none of"),
+        (("--mechanisms", "dense"), "give one of the two"),
+        (("--budgets", "2"), "no share"),
+        (("--minutes", "0"), "--minutes 0"),
+        (("--shard", "3/2"), "no part"),
+        (("--dtype", "int8"), "use one of float32"),
         (("--model", "nosuchmodel"), "nosuchmodel"),
     ],
 )
@@ -102,3 +114,32 @@ def test_rows_of_another_eval_are_refused_before_a_model_is_loaded(cli, haystack
     Path("found/ruler.jsonl").write_text('{"environment": {}}\n{"score": 1}\n')
     code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found")
     assert (code, out) == (2, "") and "rows of another eval" in err
+
+
+def test_several_mechanisms_at_a_share_are_asked_the_same(cli, haystack):
+    given = ("--lengths", "900", "--tasks", "qa_1", "--questions", "2", "--budgets", "1/4", *haystack)
+    code, out, err = cli("eval", "ruler", *given, "--mechanisms", "dense streaming quest:who=layer", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [line["contender"] for line in found["table"]] == ["dense", "streaming at 1/4", "quest:who=layer at 1/4"]
+    (_, streaming, quest), questions = found["rows"][:3], {row["questions"] for row in found["rows"]}
+    assert len(questions) == 1 and streaming["mechanism"] == "streaming" and quest["budget"] == "1/4"
+    assert streaming["attention"] != "streaming" and "budget=225" in quest["attention"]
+    code, _, err = cli("eval", "ruler", *given)
+    assert code == 2 and "name one with --attention" in err
+
+
+def test_shards_ask_each_question_once_and_see_one_another(cli, haystack):
+    pytest.importorskip("matplotlib")
+    code, _, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found", "--shard", "1/2", "--json")
+    assert code == 0 and "[2/2]" in err
+    code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found", "--shard", "2/2", "--json")
+    assert code == 0 and len(json.loads(out)["rows"]) == 4
+    assert sorted(file.name for file in Path("found").glob("*.jsonl")) == ["ruler-1of2.jsonl", "ruler-2of2.jsonl"]
+    code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found", "--json")
+    assert code == 0 and len(json.loads(out)["rows"]) == 4 and "[4/4]" not in err
+
+
+def test_a_run_without_time_left_says_what_is_left(cli, haystack):
+    code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--minutes", "1e-9")
+    assert code == 0 and "3 of 4 questions left: nothing is kept without --out FOLDER" in err and "qa_1" in out

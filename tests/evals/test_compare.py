@@ -9,7 +9,8 @@ import torch
 from longspan.attention import make, parse
 from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
-from longspan.evals.compare import Task, choosing, contenders, measure
+from longspan.evals.asking.engines import choosing
+from longspan.evals.compare import Task, contenders, measure
 from longspan.evals.compare_report import picture, table
 from longspan.evals.haystack import prose
 

@@ -85,7 +85,7 @@ def test_ours_scores_and_answers_as_the_engine_does(tiny, asked):
 
 
 def test_a_row_counts_scores_perplexity_and_agreement():
-    question = Question("t", [1], ("yes",), False, 3)
+    question = Question("t", [1], ("yes",), "all", 3)
     made = [Case([0], question), Case([0], replace(question, task="u")), Case([0], None, (1, 2, 3))]
     outcomes = [Outcome(100, "Yes."), Outcome(100, "no"), Outcome(40, "", 2.0, (7, 8))]
     dense = row("longspan", "dense", 1.0, "dense", made, outcomes, [(7, 9)], None)

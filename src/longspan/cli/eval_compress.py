@@ -77,10 +77,11 @@ def compress(
         from longspan.evals.compress_run import PRESSES, WAYS, Given, run
         from longspan.evals.environment import environment
         from longspan.evals.journal import in_folder
-        from longspan.evals.ruler.tasks import VERSION, named
+        from longspan.evals.questions.making import named
+        from longspan.evals.ruler.tasks import RULER
         from longspan.peers.process import Peer
 
-        names = named(tasks)
+        names = named(RULER, tasks)
         journal = stack.enter_context(in_folder(out, "compress.jsonl"))
         llm = work.load(model, None, device, progress)
         where, dtype = llm.model.device, str(llm.model.dtype).removeprefix("torch.")
@@ -96,7 +97,8 @@ def compress(
         asked = cases(llm.model, text, tokens, names, questions, texts, following, seed=seed, longest_answer=answer)
         of = {
             "model": llm.model.fingerprint, "dtype": dtype, "length": tokens, "tasks": names, "questions": questions,
-            "texts": texts, "tokens": following, "greedy": greedy, "answer": answer, "seed": seed, "version": VERSION,
+            "texts": texts, "tokens": following, "greedy": greedy, "answer": answer, "seed": seed,
+            "version": RULER.version,
         }  # fmt: skip
         given = Given(
             WAYS if ways.strip() == "all" else ways.split(),

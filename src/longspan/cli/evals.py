@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli import eval_compress, eval_needle, eval_ruler, options, output, work
+from longspan.cli import eval_compress, eval_needle, eval_options, eval_ruler, options, output, work
 from longspan.cli.progress import Progress
 from longspan.errors import UsageError
 from longspan.lengths import lengths_of
@@ -33,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
     )
     evals.command("compare", epilog=f"Example: {_EXAMPLE}")(compare)
     evals.command("compress", epilog=f"Example: {eval_compress.EXAMPLE}")(eval_compress.compress)
-    evals.command("ruler", epilog=f"Example: {eval_ruler.EXAMPLE}")(eval_ruler.ruler)
+    evals.command("ruler", epilog=f"Example: {eval_ruler.EXAMPLE}")(eval_options.shared(eval_ruler.ruler))
     evals.command("needle", epilog=f"Example: {eval_needle.EXAMPLE}")(eval_needle.needle)
     app.add_typer(evals, name="eval")
 
@@ -70,14 +69,15 @@ def compare(
 
     Without --doc the text is the Python language reference, which every Python has.
     """
-    shares, wanted = _shares(budgets), lengths_of(lengths)
+    shares, wanted = eval_options.shares_of(budgets), lengths_of(lengths)
     if min(tokens, greedy) < 2 or haystacks < 1:
         raise UsageError("--tokens and --greedy need at least 2, --haystacks at least 1")
     with Progress() as progress:
         text = work.prose_of(doc, progress)
         from longspan.attention import parse
         from longspan.evals.arguments import specs_of
-        from longspan.evals.compare import Row, Task, choosing, measure
+        from longspan.evals.asking.engines import choosing
+        from longspan.evals.compare import Row, Task, measure
         from longspan.evals.compare_report import COLUMNS, picture, table
         from longspan.evals.environment import environment
         from longspan.evals.journal import in_folder
@@ -123,22 +123,6 @@ def compare(
     output.write_rich(shown)
     for name in pictures:
         output.say(f"picture: {name}")
-
-
-def _shares(text: str) -> list[str]:
-    """Read shares such as `1/2,1/8`, each of them once."""
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            share = Fraction(part)
-        except (ValueError, ZeroDivisionError):
-            share = Fraction(0)
-        if not 0 < share <= 1:
-            raise UsageError(f"{part!r} is no share of the keys: write 1/8 or 0.125")
-        found.append(part)
-    if not found:
-        raise UsageError("--budgets names no share of the keys: write 1/4,1/8")
-    return list(dict.fromkeys(found))
 
 
 def _tokens(llm: LLM, text: str, count: int) -> list[int]:

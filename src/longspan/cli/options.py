@@ -116,24 +116,29 @@ class Sampling:
 
 
 def sampled(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that has the options of `Sampling` in place of its parameter `sampling`.
+    """Return a command that has the options of `Sampling` in place of its parameter `sampling`."""
+    return grouped(command, "sampling", Sampling)
+
+
+def grouped(command: Callable[..., None], name: str, group: type) -> Callable[..., None]:
+    """Return a command that has the fields of a dataclass as options in place of its parameter of that name.
 
     typer reads options off a function's signature and knows no groups of them, so the signature is made here.
     """
-    hints = typing.get_type_hints(Sampling, include_extras=True)
+    hints = typing.get_type_hints(group, include_extras=True)
     own = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
-        for field in dataclasses.fields(Sampling)
+        for field in dataclasses.fields(group)
     ]
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         named = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        parameters += own if parameter.name == "sampling" else [named]
+        parameters += own if parameter.name == name else [named]
 
     def with_options(**given: Any) -> None:
-        command(sampling=Sampling(**{each.name: given.pop(each.name) for each in own}), **given)
+        command(**{name: group(**{each.name: given.pop(each.name) for each in own})}, **given)
 
     with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -86,6 +86,7 @@ def load(
     kv: str = "auto",
     kv_budget: str | None = None,
     quote: bool = True,
+    dtype: str | None = None,
 ) -> LLM:
     """Load the model (errors as `LLM`)."""
     from longspan import settings
@@ -95,7 +96,12 @@ def load(
     progress.busy(f"loading {model or settings.default_model()}")
     from longspan.engine.llm import LLM
 
-    return LLM(model, attention, device, prefill=prefill, kv=kv, kv_budget=limit, quote=quote, say=progress.say)
+    number = None
+    if dtype is not None:
+        from longspan.evals.arguments import dtype_of
+
+        number = dtype_of(dtype)
+    return LLM(model, attention, device, number, prefill=prefill, kv=kv, kv_budget=limit, quote=quote, say=progress.say)
 
 
 def add(llm: LLM, session: Session, documents: Sequence[Document], progress: Progress) -> bool:

@@ -26,7 +26,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from longspan.attention import Hints, Mechanism, make, mechanisms, parse
+from longspan.attention import Hints, Mechanism, make, parse
 from longspan.engine import prompts
 from longspan.engine.kv_context import KVContext
 from longspan.engine.llm import LLM
@@ -118,21 +118,6 @@ def contenders(
                 continue
             found.append(Contender(spec, budget, within))
     return found
-
-
-def choosing() -> Iterator[str]:
-    """Yield a specification for every mechanism that reads within a budget, for each who can choose in it."""
-    for name, cls in mechanisms().items():
-        if cls.prefill_only or cls.exact or cls.needs_training or cls.within is Mechanism.within:
-            continue
-        if "read" in cls.options():
-            yield f"{name}:read=place"
-        elif "who" in cls.options():
-            yield from (f"{name}:who={who}" for who in ("head", "layer", "model"))
-        elif "summary" in cls.options():
-            yield from (f"{name}:sinks=4,summary={summary}" for summary in ("key", "bounds"))
-        else:
-            yield name
 
 
 def measure(

@@ -28,9 +28,10 @@ from longspan.engine.contexts import paged
 from longspan.engine.kept_layers import KeptLayers
 from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
-from longspan.evals.ruler.asking import template_of
-from longspan.evals.ruler.scoring import averaged, score, wilson
-from longspan.evals.ruler.tasks import after, examples
+from longspan.evals.asking.local import template_of
+from longspan.evals.questions.making import examples
+from longspan.evals.questions.scoring import averaged, score, wilson
+from longspan.evals.ruler.tasks import RULER
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
 from longspan.kv.base import PAGE
@@ -50,7 +51,7 @@ class Question:
     tokens: list[int]
     """What follows the context."""
     outputs: tuple[str, ...]
-    part: bool
+    scoring: str
     max_tokens: int
 
 
@@ -162,7 +163,7 @@ class Ours:
         while token not in self.model.end_tokens and len(written) < question.max_tokens:
             written.append(token)
             text = self.model.decode(written)
-            if score(text, question.outputs, part=question.part) == 1:
+            if score(text, question.outputs, question.scoring) == 1:
                 return text
             token = int(context.step([token]).argmax())
         return self.model.decode(written)
@@ -221,12 +222,12 @@ def cases(
     template = template_of(model)
     head = model.tokens(template.before)
     for task in tasks:
-        for each in examples(task, model.tokens, length, questions, seed, template=template):
+        for each in examples(RULER, task, model.tokens, length, questions, seed, template=template):
             asked = Question(
                 task,
-                model.tokens(after(each, template)),
+                model.tokens(each.closing),
                 each.outputs,
-                each.part,
+                each.scoring,
                 min(each.max_tokens, longest_answer),
             )
             found.append(Case(head + model.tokens(each.context), asked))
@@ -323,7 +324,7 @@ def row(
     texts = iter(continuations)
     for case, outcome in zip(all_cases, outcomes, strict=True):
         if case.question is not None:
-            found = score(outcome.answer, case.question.outputs, part=case.question.part)
+            found = score(outcome.answer, case.question.outputs, case.question.scoring)
             scores.setdefault(case.question.task, []).append(found)
             continue
         nlls += outcome.nlls

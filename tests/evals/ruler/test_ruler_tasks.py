@@ -7,23 +7,26 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from longspan import settings
 from longspan.errors import UnknownNameError, UsageError
-from longspan.evals.ruler import passages, words
+from longspan.evals.questions import making, passages, words
+from longspan.evals.questions.example import Template
+from longspan.evals.questions.hiding import NOISE
+from longspan.evals.questions.sources import Sources
 from longspan.evals.ruler.common import Common
 from longspan.evals.ruler.documents import Documents
-from longspan.evals.ruler.example import Template
 from longspan.evals.ruler.frequent import Frequent, zeta
-from longspan.evals.ruler.niah import NOISE, Niah
-from longspan.evals.ruler.sources import Sources
-from longspan.evals.ruler.tasks import TASKS, example, examples, named
+from longspan.evals.ruler.niah import Niah
+from longspan.evals.ruler.tasks import RULER, TASKS
 from longspan.evals.ruler.tracking import Tracking
 from tiny_llama import save_tokenizer
 
+example, examples, named = (partial(each, RULER) for each in (making.example, making.examples, making.named))
 REAL = settings.cache_folder() / "converted"
 """Where SmolLM2 lies once it was used: looked up before tests get folders of their own."""
 TEMPLATE = Template("<|user|>", "<|end|><|assistant|>")
@@ -100,7 +103,9 @@ def test_tokens_of_an_answer_are_the_papers():
     given = {task: family.max_tokens for task, family in TASKS.items()}
     niah = {task: 128 for task in TASKS if task.startswith("niah")}
     assert given == {**niah, "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32} and len(niah) == 8
-    assert {task for task, family in TASKS.items() if family.part} == {"qa_1", "qa_2"}
+    assert {task: family.scoring for task, family in TASKS.items()} == {
+        task: "any" if task in ("qa_1", "qa_2") else "all" for task in TASKS
+    }
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -115,9 +120,10 @@ def test_the_same_seed_gives_the_same_questions_and_another_gives_others(task):
 
 def test_questions_do_not_depend_on_the_process_and_load_no_model_code():
     code = (
-        "import sys, hashlib; from longspan.evals.ruler.tasks import TASKS, example; "
-        "from longspan.evals.ruler.sources import Sources; given = Sources('Once upon a time. ' * 99); "
-        "made = [example(task, str.split, 1500, 0, 3, sources=given) for task in TASKS]; "
+        "import sys, hashlib; from longspan.evals.ruler.tasks import RULER; "
+        "from longspan.evals.questions.making import example; "
+        "from longspan.evals.questions.sources import Sources; given = Sources('Once upon a time. ' * 99); "
+        "made = [example(RULER, task, str.split, 1500, 0, 3, sources=given) for task in RULER.tasks]; "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; "
         "print(hashlib.sha256(repr(made).encode()).hexdigest())"
     )
@@ -450,7 +456,7 @@ def test_a_length_that_holds_no_question_is_refused_and_the_least_one_told(task)
 def test_configurations_of_ones_own():
     made = example(Niah("noise", needle_keys=3, values="uuids"), by_spaces, 800, 0, 0)
     assert made.task == "niah" and len(made.depths) == 3
-    assert Documents(hops=True).part and example(Frequent(alpha=1.5), by_spaces, 3000, 0, 0).outputs
+    assert Documents(hops=True).scoring == "any" and example(Frequent(alpha=1.5), by_spaces, 3000, 0, 0).outputs
 
 
 def test_words_are_words_and_compounds_never_end(monkeypatch):

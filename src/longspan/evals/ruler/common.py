@@ -16,9 +16,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from longspan.evals.ruler import words
-from longspan.evals.ruler.example import Draft, Setting
-from longspan.evals.ruler.fill import Drawn
+from longspan.evals.questions import words
+from longspan.evals.questions.example import Draft, Setting
+from longspan.evals.questions.fill import Drawn
 
 _SHORT = 4096
 """Tokens below which lists are made with the smaller counts."""
@@ -35,7 +35,7 @@ class Common:
     seldom: int = 3
     """Times that each other word does."""
     max_tokens: int = 120
-    part: bool = False
+    scoring: str = "all"
 
     def draw(self, rng: random.Random, setting: Setting) -> Draft:
         """See `Family`."""
@@ -52,6 +52,9 @@ class Common:
             answer_prefix=self._prefix,
             outputs=tuple(outputs),
             least=self.common + 1,
+            head=before,
+            chance=self.common / len(words.single()),
+            guess=lambda own: " ".join(own.sample(words.single(), self.common)),
         )
 
     def _list(

@@ -17,10 +17,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longspan.evals.ruler import invented
-from longspan.evals.ruler.example import Draft, Setting
-from longspan.evals.ruler.fill import Drawn
-from longspan.evals.ruler.passages import Asked, Library
+from longspan.evals.questions import invented
+from longspan.evals.questions.example import Draft, Setting
+from longspan.evals.questions.fill import Drawn
+from longspan.evals.questions.passages import Asked, Library
+from longspan.evals.questions.scoring import score
 
 _ASKING = "Answer the question from the documents {where}. Give the answer alone and no other words."
 
@@ -32,7 +33,7 @@ class Documents:
     hops: bool = False
     """Whether a question needs two documents."""
     max_tokens: int = 32
-    part: bool = True
+    scoring: str = "any"
 
     def draw(self, rng: random.Random, setting: Setting) -> Draft:
         """See `Family`."""
@@ -44,14 +45,27 @@ class Documents:
         others = Drawn(_others(library, asked, random.Random(rng.getrandbits(64))))
         places = rng.getrandbits(64)
 
+        head = f"{_ASKING.format(where='below')}\n\nThese are the documents.\n\n"
+
         def context(count: int) -> str:
             documents = [*needed, *others.first(count - len(needed))]
             random.Random(places).shuffle(documents)
             told = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(documents, 1))
-            return f"{_ASKING.format(where='below')}\n\nThese are the documents.\n\n{told}\n\n"
+            return f"{head}{told}\n\n"
 
         question = f"{_ASKING.format(where='above')}\n\nQuestion: {asked.question}"
-        return Draft(context, question, "Answer:", asked.answers, least=len(needed), needles=needed)
+        right = sum(score(other.answers[0], asked.answers, self.scoring) for other in library.asked)
+        return Draft(
+            context,
+            question,
+            "Answer:",
+            asked.answers,
+            least=len(needed),
+            needles=needed,
+            head=head,
+            chance=right / len(library.asked),
+            guess=lambda own: own.choice(library.asked).answers[0],
+        )
 
 
 def _others(library: Library, asked: Asked, rng: random.Random) -> Iterator[str]:

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from string import ascii_lowercase
 
-from longspan.evals.ruler.example import Draft, Setting
+from longspan.evals.questions.example import Draft, Setting
 
 NOISE = "..."
 _ASKED = 3
@@ -25,7 +25,7 @@ class Frequent:
     alpha: float = 2.0
     letters: int = 6
     max_tokens: int = 50
-    part: bool = False
+    scoring: str = "all"
 
     def draw(self, rng: random.Random, setting: Setting) -> Draft:
         """See `Family`."""
@@ -58,6 +58,8 @@ class Frequent:
             answer_prefix="Answer: By the coded text above, the three most frequent words are:",
             outputs=tuple(vocabulary[1 : 1 + _ASKED]),
             least=least,
+            chance=_ASKED / len(ascii_lowercase) ** self.letters,
+            guess=lambda own: " ".join("".join(own.choices(ascii_lowercase, k=self.letters)) for _ in range(_ASKED)),
         )
 
 

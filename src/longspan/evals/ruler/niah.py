@@ -17,19 +17,18 @@ and question are ours.
 from __future__ import annotations
 
 import random
-import re
 import uuid
-from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longspan.evals.ruler import words
-from longspan.evals.ruler.example import Draft, Setting
-from longspan.evals.ruler.fill import Drawn
+from longspan.evals.questions import words
+from longspan.evals.questions.example import Draft, Setting
+from longspan.evals.questions.fill import Drawn
+from longspan.evals.questions.hiding import NOISE, among_lines, among_sentences, run
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _DEPTHS = tuple(round(100 * i / 39) / 100 for i in range(40))
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?]) (?=[A-Z\"'(])")
+_POSSIBLE = {"numbers": 9 * 10**6, "uuids": 2**122}
+"""Values that there may be."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Niah:
     depth: float | None = None
     """Where all needles stand, from 0 to 1; None: drawn."""
     max_tokens: int = 128
-    part: bool = False
+    scoring: str = "all"
 
     def draw(self, rng: random.Random, setting: Setting) -> Draft:
         """See `Family`."""
@@ -68,12 +67,12 @@ class Niah:
             start = rng.randrange(len(source))
 
             def hay(count: int) -> str:
-                return _among_sentences(_run(source, start, count), needles, depths)
+                return among_sentences(run(source, start, count), needles, depths)
         else:
             lines = Drawn(_lines(self, pairs))
 
             def hay(count: int) -> str:
-                return "\n".join(inserted(lines.first(count), needles, depths))
+                return "\n".join(among_lines(lines.first(count), needles, depths))
 
         many = self.key_values * self.queries > 1
         kind = self.values if many else self.values.removesuffix("s")
@@ -91,6 +90,9 @@ class Niah:
             outputs=tuple(value for _, values in asked for value in values),
             least=len(needles),
             needles=tuple(needles),
+            head=f"{head}\n",
+            chance=len(asked) * self.key_values / _POSSIBLE[self.values],
+            guess=lambda own: " ".join(next(_pairs(self.keys, self.values, own))[1] for _ in asked for _ in held[0]),
         )
 
     def _depths(self, rng: random.Random, count: int) -> list[float]:
@@ -100,37 +102,6 @@ class Niah:
         if self.haystack == "essay":
             return sorted(rng.sample(_DEPTHS, count))
         return sorted(rng.random() for _ in range(count))
-
-
-def inserted(lines: list[str], needles: list[str], depths: list[float]) -> list[str]:
-    """Return lines with each needle where its share of them is done; depths ascend."""
-    out, done = [], 0
-    for needle, depth in zip(needles, depths, strict=True):
-        place = min(int(depth * len(lines)), len(lines))
-        out += [*lines[done:place], needle]
-        done = place
-    return out + lines[done:]
-
-
-def _among_sentences(text: str, needles: list[str], depths: list[float]) -> str:
-    """Return a text with each needle between the two sentences that are nearest to its share of the characters."""
-    gaps = [0, *(gap.end() for gap in _SENTENCE_ENDS.finditer(text)), len(text)]
-    out, done = [], 0
-    for needle, depth in zip(needles, depths, strict=True):
-        wanted = depth * len(text)
-        i = bisect(gaps, wanted, hi=len(gaps) - 1)
-        place = min(gaps[i - 1], gaps[i], key=lambda gap: abs(gap - wanted))
-        out += [text[done:place].rstrip(), needle]
-        done = place
-    return " ".join(filter(None, [*out, text[done:]]))
-
-
-def _run(source: list[str], start: int, count: int) -> str:
-    """Return so many words from `start` on; after the last comes the first again."""
-    turned = source[start : start + count]
-    while len(turned) < count:
-        turned += source[: count - len(turned)]
-    return " ".join(turned)
 
 
 def _lines(config: Niah, pairs: Iterator[tuple[str, str]]) -> Iterator[str]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from string import ascii_uppercase
 
-from longspan.evals.ruler.example import Draft, Setting
-from longspan.evals.ruler.fill import fill
-from longspan.evals.ruler.niah import NOISE, inserted
+from longspan.evals.questions.example import Draft, Setting
+from longspan.evals.questions.fill import fill
+from longspan.evals.questions.hiding import NOISE, among_lines
 
 _EXAMPLE = 500
 """Tokens that the solved example may have."""
@@ -29,7 +29,7 @@ class Tracking:
     chains: int = 1
     hops: int = 4
     max_tokens: int = 30
-    part: bool = False
+    scoring: str = "all"
 
     def draw(self, rng: random.Random, setting: Setting) -> Draft:
         """See `Family`."""
@@ -50,6 +50,9 @@ class Tracking:
             outputs=asked.outputs,
             least=asked.least,
             needles=asked.needles,
+            head=before + asked.head,
+            chance=len(asked.outputs) / len(ascii_uppercase) ** 5,
+            guess=lambda own: " ".join(_names(own, 5, len(asked.outputs))),
         )
 
     def _puzzle(self, rng: random.Random, letters: int, values: set[str]) -> Draft:
@@ -71,9 +74,11 @@ class Tracking:
         order = sorted(range(len(needles)), key=depths.__getitem__)
         placed, places = [needles[i] for i in order], [depths[i] for i in order]
 
+        head = "Follow the chain of variable assignments that is hidden in the text below.\n\n"
+
         def context(count: int) -> str:
-            told = "\n".join(inserted([NOISE] * count, placed, places))
-            return f"Follow the chain of variable assignments that is hidden in the text below.\n\n{told}\n"
+            told = "\n".join(among_lines([NOISE] * count, placed, places))
+            return f"{head}{told}\n"
 
         return Draft(
             context,
@@ -83,6 +88,7 @@ class Tracking:
             outputs=tuple(names[: self.hops + 1]),
             least=1,
             needles=tuple(placed),
+            head=head,
         )
 
 

@@ -1,4 +1,4 @@
-"""Scores and intervals of RULER, and how much haystack a length holds."""
+"""Scores and their intervals, and how much haystack a length holds."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.evals.ruler.fill import Drawn, fill
-from longspan.evals.ruler.scoring import Interval, averaged, score, wilson
+from longspan.evals.questions.fill import Drawn, fill
+from longspan.evals.questions.scoring import Interval, averaged, score, wilson
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ from longspan.evals.ruler.scoring import Interval, averaged, score, wilson
     ],
 )
 def test_all_outputs_count_in_parts_and_any_is_enough_where_one_is_asked_for(answer, outputs, every, any_):
-    assert score(answer, outputs, part=False) == pytest.approx(every)
-    assert score(answer, outputs, part=True) == any_
+    assert score(answer, outputs, "all") == pytest.approx(every)
+    assert score(answer, outputs, "any") == any_
 
 
 @settings(max_examples=60, deadline=None)

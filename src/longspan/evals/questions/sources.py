@@ -13,8 +13,8 @@ from functools import cached_property
 
 from longspan.errors import UsageError
 from longspan.evals.haystack import prose
-from longspan.evals.ruler.passages import Library, shipped
-from longspan.evals.ruler.words import sections
+from longspan.evals.questions.passages import Library, shipped
+from longspan.evals.questions.words import sections
 
 _LEAST = 200
 """Words that prose must have to hide anything in it."""

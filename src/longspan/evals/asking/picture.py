@@ -1,4 +1,4 @@
-"""RULER's scores as a picture: bars by task, and the average by length where there are several lengths."""
+"""Scores of one contender as a picture: bars by task, and the average by length where there are several lengths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import SaveError, UsageError
-from longspan.evals.ruler.rows import AVERAGE
+from longspan.evals.asking.tables import AVERAGE
 
 
-def picture(lines: Sequence[dict[str, Any]], about: str, file: Path) -> None:
+def picture(lines: Sequence[dict[str, Any]], title: str, about: str, file: Path) -> None:
     """Draw a table of scores as a PNG.
 
     Args:
-        lines: as `rows.table`.
+        lines: of one contender, as `tables.table`.
+        title: what was asked.
         about: one line under the title: model, attention, device.
         file: where the picture goes.
 
@@ -75,7 +76,7 @@ def picture(lines: Sequence[dict[str, Any]], about: str, file: Path) -> None:
     for axis in axes.flat:
         axis.set_ylim(0, 105)
         axis.grid(axis="y", alpha=0.3)
-    figure.suptitle(f"RULER\n{about}", fontsize=11)
+    figure.suptitle(f"{title}\n{about}", fontsize=11)
     figure.tight_layout()
     try:
         figure.savefig(file, dpi=130)

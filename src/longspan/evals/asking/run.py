@@ -1,0 +1,259 @@
+"""Asks the questions that a journal does not hold yet, and tells how far it is: a running score and the time left.
+
+Questions take turns: the first of every task, length and asker, then the second, so that a run that ends early has
+asked each about as often. It does not know who answers, nor what is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from longspan.errors import UsageError
+from longspan.evals.asking.asker import Asker, Reply, Tick
+from longspan.evals.asking.rows import Key, Row, answered, contender, row_of
+from longspan.evals.journal import Entry, Journal
+from longspan.evals.progress import duration
+from longspan.evals.questions.example import Eval, Example
+from longspan.evals.questions.making import example
+from longspan.evals.questions.scoring import score
+from longspan.evals.questions.setup import Setup
+from longspan.evals.questions.sources import Sources
+
+Reading = Callable[[str], Tick]
+"""Told what is being asked; returns what is told how far reading is."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is asked for."""
+
+    evaluation: Eval
+    tasks: list[str]
+    lengths: list[int]
+    questions: int
+    """Of each task at each length."""
+    seed: int
+    sources: Sources = field(default_factory=Sources)
+    setup: Setup = field(default_factory=Setup)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, and who is asked."""
+
+    key: Key
+    asker: Asker
+
+
+def plan(given: Given, askers: Callable[[int], Sequence[Asker]]) -> list[Asked]:
+    """Return every question that is asked for, each once, in the order of asking.
+
+    Args:
+        given: what is asked for.
+        askers: returns who is asked at a length.
+
+    Raises:
+        UsageError: a setup that is none for a task, or an asker that can't measure what a task needs.
+    """
+    evaluation = given.evaluation
+    given.setup.check(evaluation, given.tasks)
+    at = {length: list(askers(length)) for length in given.lengths}
+    if any(evaluation.tasks[task].scoring == "probability" for task in given.tasks):
+        for each in (each for found in at.values() for each in found if not each.measures):
+            raise UsageError(
+                f"{each.identity.attention} gives no probability of a text, which {evaluation.name} measures: ask a "
+                "model that runs here, with an attention that keeps keys and values"
+            )
+    found: dict[Key, Asked] = {}
+    for number in range(given.questions):
+        for length in given.lengths:
+            for task in given.tasks:
+                for asker in at[length]:
+                    key = _key(given, asker, task, length, number)
+                    found.setdefault(key, Asked(key, asker))
+    return list(found.values())
+
+
+def run(
+    given: Given,
+    asked: Sequence[Asked],
+    journal: Journal,
+    about: dict[str, Any],
+    tell: Callable[[str], None],
+    reading: Reading = lambda _: lambda _, __: None,
+    *,
+    elsewhere: Iterable[Entry] = (),
+    until: float = math.inf,
+) -> int:
+    """Ask what the journal does not hold yet, and return how many questions are left.
+
+    Args:
+        given: that of the plan.
+        asked: from `plan`.
+        journal: gets a row a question.
+        about: the environment of this run; its `run` is made here.
+        tell: told the progress, a line a question.
+        reading: see `Reading`.
+        elsewhere: rows of other journals, which are not asked again.
+        until: when to stop, in seconds of `time.monotonic`; one question is asked before the first look at the clock.
+    """
+    done = answered([*journal.entries, *elsewhere])
+    left = [each for each in asked if each.key not in done]
+    if not left:
+        return 0
+    progress = _Progress([each.key for each in asked], tell)
+    for each in asked:
+        if each.key in done:
+            progress.before(row_of(done[each.key]))
+    name = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(3)}"
+    journal.begin({"run": name, **about})
+    beyond: set[str] = set()
+    count = len(left)
+    for each, row, reply in _answers(given, left, name, reading, progress):
+        if reply.beyond and reply.attention not in beyond:
+            beyond.add(reply.attention)
+            tell(f"{reply.attention} reads beyond what {each.asker.identity.model} was trained on: expect nonsense")
+        journal.append(asdict(row))
+        progress.asked(row)
+        count -= 1
+        if time.monotonic() >= until:
+            break
+    return count
+
+
+def _key(given: Given, asker: Asker, task: str, length: int, number: int) -> Key:
+    evaluation, who = given.evaluation, asker.identity
+    made_of = (evaluation.version, given.sources.digest, asker.counted_by, asker.template, evaluation.tasks[task])
+    return Key(
+        eval=evaluation.name,
+        task=task,
+        length=length,
+        seed=given.seed,
+        question=number,
+        setup=given.setup.describe(),
+        questions=hashlib.blake2b(repr(made_of).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest(),
+        **{name: getattr(who, name) for name in Key._fields if hasattr(who, name)},
+    )
+
+
+def _answers(
+    given: Given, left: Sequence[Asked], run: str, reading: Reading, progress: _Progress
+) -> Iterator[tuple[Asked, Row, Reply]]:
+    """Yield every question with its row as it is answered; several at once where askers allow it."""
+
+    def made(each: Asked) -> tuple[Example, float]:
+        key, asker, began = each.key, each.asker, time.perf_counter()
+        found = example(
+            given.evaluation, key.task, asker.tokens, key.length, key.question, key.seed,
+            template=asker.template, sources=given.sources, setup=given.setup,
+        )  # fmt: skip
+        return found, time.perf_counter() - began
+
+    def answer(each: Asked, question: Example, making: float) -> tuple[Asked, Row, Reply]:
+        began = time.perf_counter()
+        reply = each.asker.ask(question, reading(progress.told(each.key)))
+        return each, _row(given, each, run, question, reply, making + time.perf_counter() - began), reply
+
+    workers = max(each.asker.parallel for each in left)
+    if workers == 1:
+        for each in left:
+            yield answer(each, *made(each))
+        return
+    pool, waiting, running = ThreadPoolExecutor(workers), iter(left), set[Future[tuple[Asked, Row, Reply]]]()
+    try:
+        while True:
+            # Questions are made here, one by one: tokenizers need not bear several threads.
+            while len(running) < workers and (following := next(waiting, None)) is not None:
+                running.add(pool.submit(answer, following, *made(following)))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for one in finished:
+                yield one.result()
+    finally:
+        # What is under way is waited for by nobody who stopped.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _row(given: Given, each: Asked, run: str, made: Example, reply: Reply, seconds: float) -> Row:
+    family = given.evaluation.tasks[each.key.task]
+    measures = {name: float(value) for name, value in reply.measures.items()}
+    if reply.nll is not None:
+        measures["nll"] = reply.nll
+    points = 0.0
+    if not reply.error:
+        points = math.exp(-reply.nll) if reply.nll is not None else score(reply.text, made.outputs, made.scoring)
+    later = reply.decoded_tokens - 1  # the first comes with the question
+    return Row(
+        run=run,
+        model=each.asker.identity.model,
+        **each.key._asdict(),
+        parameters=asdict(family) if is_dataclass(family) and not isinstance(family, type) else {},
+        tokens=made.tokens,
+        depths=list(made.depths),
+        scoring=made.scoring,
+        score=points,
+        chance=made.chance,
+        error=reply.error,
+        read_by=reply.attention,
+        read_tokens=reply.read_tokens,
+        read_tokens_per_s=round(reply.read_tokens / reply.read_seconds, 1) if reply.read_seconds else 0.0,
+        kept_bytes=reply.kept_bytes,
+        first_token_s=round(reply.first_token_seconds, 3),
+        decode_tokens_per_s=round(later / reply.decode_seconds, 1) if later > 0 and reply.decode_seconds else 0.0,
+        seconds=round(seconds, 3),
+        measures=measures,
+        answer=reply.text.strip(),
+        wanted=list(made.outputs),
+    )
+
+
+class _Progress:
+    """Tells a line a question: the score so far of its contender, task and length, speed, and time left."""
+
+    def __init__(self, keys: Sequence[Key], tell: Callable[[str], None]) -> None:
+        """Begin with nothing done of these questions."""
+        self._tell, self._count = tell, len(keys)
+        self._several = len({contender(key) for key in keys}) > 1
+        self._tokens = sum(key.length for key in keys)
+        self._scores: dict[tuple[str, str, int], list[float]] = {}
+        self._all: list[float] = []
+        self._done = self._passed = 0
+        self._since = time.perf_counter()
+
+    def told(self, key: Key) -> str:
+        """Return what is being asked, with the score of all questions so far."""
+        mean = f", {100 * sum(self._all) / len(self._all):.0f} %" if self._all else ""
+        return f"{self._done}/{self._count}{mean}: {self._named(key)}"
+
+    def before(self, row: Row) -> None:
+        """Count a question that was answered in an earlier run."""
+        self._scores.setdefault((contender(row), row.task, row.length), []).append(row.score)
+        self._all.append(row.score)
+        self._done += 1
+        self._tokens -= row.length
+
+    def asked(self, row: Row) -> None:
+        """Count an answer, and tell how far it is."""
+        self.before(row)
+        self._passed += row.length
+        # Making, reading and answering a question all take time in proportion to its tokens, nearly.
+        left = (time.perf_counter() - self._since) / self._passed * self._tokens
+        scores = self._scores[contender(row), row.task, row.length]
+        speed = f", read at {row.read_tokens_per_s:,.0f} tokens/s" if row.read_tokens_per_s else ""
+        failed = f", no answer: {row.error}" if row.error else ""
+        self._tell(
+            f"[{self._done}/{self._count}] {self._named(row)}: {100 * sum(scores) / len(scores):.0f} % of "
+            f"{len(scores)}{speed}, about {duration(left)} left{failed}"
+        )
+
+    def _named(self, asked: Key | Row) -> str:
+        return (f"{contender(asked)} " if self._several else "") + f"{asked.task} {asked.length}"
