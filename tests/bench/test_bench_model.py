@@ -58,6 +58,24 @@ def test_bad_arguments_get_one_line(call, arguments, told):
     assert told in err and err.startswith("bench: ") and len(err.splitlines()) == 1
 
 
+def test_the_command_measures_what_the_module_does(call, folder, calibrated, capfd, monkeypatch):
+    from longspan.cli import run
+
+    given = ("--model", str(folder), "--device", "cpu", "--lengths", "300", "--repeats", "1", "--mechanisms", "dense")
+    monkeypatch.setattr("sys.argv", ["longspan", "bench", "model", *given])
+    assert run(["bench", "model", *given, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    code, out, _ = call("--mechanisms", "dense", "--json")
+    module = json.loads(out)
+    assert code == 0 and set(found) == set(module) and set(found["rows"][0]) == set(module["rows"][0])
+    assert found["command"].startswith("longspan bench model --model")
+    assert run(["bench", "model", *given]) == 0
+    shown = capfd.readouterr().out
+    assert "mechanism" in shown and "dense" in shown and "300" in shown
+    assert run(["bench", "model", "--repeats", "0"]) == 2
+    assert "measures nothing" in capfd.readouterr().err
+
+
 def test_a_type_has_room_for_a_few_of_its_last_bits():
     assert bench._tolerance(torch.float32) == 2e-3
     assert bench._tolerance(torch.float16) < 0.006 < bench._tolerance(torch.bfloat16) < 0.05

@@ -157,6 +157,9 @@ COMMANDS = [
     ["eval"],
     ["eval", "compare"],
     ["eval", "needle"],
+    ["bench"],
+    ["bench", "attention"],
+    ["bench", "model"],
 ]
 
 
@@ -168,7 +171,7 @@ def test_help_has_an_example(cli, words: list[str]) -> None:
     assert f"Example: longspan {' '.join(words)}".strip() in out
 
 
-@pytest.mark.parametrize("words", [[], ["session"], ["eval"]])
+@pytest.mark.parametrize("words", [[], ["session"], ["eval"], ["bench"]])
 def test_without_a_command_help_is_shown(cli, words: list[str]) -> None:
     code, out, _ = cli(*words)
     assert code == 0

@@ -1,7 +1,7 @@
 """Prefill and decode of a whole model, beside plain transformers, and llama.cpp where asked, in the same run.
 
-    python -m longspan.bench.model --lengths 1K,4K,8K --json
-    python -m longspan.bench.model --mechanisms "dense quest:budget=1024" --prefill xattention --lengths 8000 \\
+    longspan bench model --lengths 1K,4K,8K --json
+    longspan bench model --mechanisms "dense quest:budget=1024" --prefill xattention --lengths 8000 \\
         --peer-python peer/bin/python --peer-model SmolLM2-135M-Instruct.Q4_1.gguf
 
 The same weights, the same tokens, for transformers the same number type. Each mechanism that is exact must give
@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
 from longspan.engine.llm import LLM
 from longspan.errors import UsageError
-from longspan.evals.arguments import DTYPES, guarded, parser, say, specs_of
+from longspan.evals.arguments import DTYPES, dtype_of, guarded, parser, say, specs_of
 from longspan.evals.environment import environment
 from longspan.evals.haystack import prose
 from longspan.hf.loading import plain_transformers
@@ -40,6 +43,21 @@ _DECODED = 24
 
 Times = tuple[float, float | None]
 """Seconds of prefill, and of a decoded token (None: this side does not decode)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A command line's options, as they were written."""
+
+    model: str | None
+    device: str
+    mechanisms: str
+    lengths: str
+    dtype: str | None
+    prefill: str | None
+    peer_python: Path | None
+    peer_model: Path | None
+    repeats: int
 
 
 def _ours(llm: LLM, mechanism: Mechanism, tokens: list[int]) -> tuple[float, float | None, Tensor | None]:
@@ -146,6 +164,41 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded("bench", lambda: _main(sys.argv[1:] if arguments is None else arguments))
 
 
+def run(given: Options, command: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Do what a command line asks for, and return environment and rows (see `measure`).
+
+    Args:
+        given: its options.
+        command: what measures the same again.
+        tell: told the progress.
+
+    Raises:
+        UsageError: an option that can't be used.
+    """
+    specs, lengths = specs_of(given.mechanisms), lengths_of(given.lengths)
+    if given.repeats < 1:
+        raise UsageError(f"--repeats {given.repeats} measures nothing: give at least 1")
+    if (given.peer_python is None) != (given.peer_model is None):
+        raise UsageError("llama.cpp needs both --peer-python and --peer-model")
+    dtype = None if given.dtype is None else dtype_of(given.dtype)
+    llm = LLM(given.model, device=given.device, dtype=dtype, prefill=given.prefill)
+    plain = plain_transformers(llm.model)
+    rows = []
+    told: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        peer = None
+        if given.peer_python is not None and given.peer_model is not None:
+            room, threads = max(lengths) + 2 * _DECODED, torch.get_num_threads()
+            peer = Peer("llama.cpp", given.peer_python, given.peer_model, [str(room), str(threads)])
+            told["llama.cpp"] = stack.enter_context(peer).about
+        for length in lengths:
+            rows += measure(llm, plain, specs, length, given.repeats, peer)
+            tell(f"{length} done")
+    about = environment(llm.model.device, "", []) | {"command": command}
+    about |= told | {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}
+    return {**about, "rows": rows}
+
+
 def _main(arguments: list[str]) -> int:
     made = parser(
         "longspan.bench.model",
@@ -160,31 +213,13 @@ def _main(arguments: list[str]) -> int:
     made.add_argument("--peer-python", type=Path, metavar="FILE", help="an interpreter that has llama-cpp-python")
     made.add_argument("--peer-model", type=Path, metavar="FILE.gguf", help="what llama.cpp loads")
     made.add_argument("--repeats", type=int, default=3, metavar="N", help="of which medians; default: %(default)s")
-    given = made.parse_args(arguments)
-    specs, lengths = specs_of(given.mechanisms), lengths_of(given.lengths)
-    if given.repeats < 1:
-        raise UsageError(f"--repeats {given.repeats} measures nothing: give at least 1")
-    if (given.peer_python is None) != (given.peer_model is None):
-        raise UsageError("llama.cpp needs both --peer-python and --peer-model")
-    llm = LLM(given.model, device=given.device, dtype=DTYPES.get(given.dtype), prefill=given.prefill)
-    plain = plain_transformers(llm.model)
-    rows = []
-    told: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        peer = None
-        if given.peer_python is not None:
-            room, threads = max(lengths) + 2 * _DECODED, torch.get_num_threads()
-            peer = Peer("llama.cpp", given.peer_python, given.peer_model, [str(room), str(threads)])
-            told["llama.cpp"] = stack.enter_context(peer).about
-        for length in lengths:
-            rows += measure(llm, plain, specs, length, given.repeats, peer)
-            say(f"{length} done")
-    if given.json:
-        about = environment(llm.model.device, "longspan.bench.model", arguments)
-        about |= told | {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}
-        print(json.dumps({**about, "rows": rows}))
+    given = vars(made.parse_args(arguments))
+    as_json = given.pop("json")
+    found = run(Options(**given), f"python -m longspan.bench.model {shlex.join(arguments)}", say)
+    if as_json:
+        print(json.dumps(found))
         return 0
-    for row in rows:
+    for row in found["rows"]:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     return 0
 
