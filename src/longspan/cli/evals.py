@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli import eval_compress, eval_needle, eval_options, eval_ruler, options, output, work
+from longspan.cli import eval_compress, eval_facts, eval_options, eval_tasks, options, output, work
 from longspan.cli.progress import Progress
 from longspan.errors import UsageError
 from longspan.lengths import lengths_of
@@ -32,8 +32,9 @@ def add_to(app: typer.Typer) -> None:
     )
     evals.command("compare", epilog=f"Example: {_EXAMPLE}")(compare)
     evals.command("compress", epilog=f"Example: {eval_compress.EXAMPLE}")(eval_compress.compress)
-    evals.command("ruler", epilog=f"Example: {eval_ruler.EXAMPLE}")(eval_options.shared(eval_ruler.ruler))
-    evals.command("needle", epilog=f"Example: {eval_needle.EXAMPLE}")(eval_needle.needle)
+    evals.command("facts", epilog=f"Example: {eval_facts.EXAMPLE}")(eval_facts.facts)
+    for name, (command, example) in eval_tasks.COMMANDS.items():
+        evals.command(name, epilog=f"Example: {example}")(eval_options.shared(command))
     app.add_typer(evals, name="eval")
 
 

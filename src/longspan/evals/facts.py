@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 KINDS = ("single", "multikey", "paraphrase", "twofact")
@@ -123,6 +125,21 @@ def make(kind: str, seed: int, count: int = 8) -> tuple[list[Fact], list[Questio
             Question(f"{a.text} And {_lower(b.text)}", a.needs + b.needs, a.answers + b.answers) for a, b in pairs
         ]
     return facts, questions
+
+
+def alike(known: Sequence[Fact], one: int) -> list[int]:
+    """Return the facts, by index, that have the form of one and another key."""
+    forms = [re.compile(".*".join(map(re.escape, re.split(r"{\w}", fact)))) for fact, _ in _KEYED]
+    (form,) = (form for form in forms if form.fullmatch(known[one].text))
+    return [i for i, fact in enumerate(known) if i != one and form.fullmatch(fact.text)]
+
+
+def pool(answer: str) -> Sequence[object]:
+    """Return what may stand in an answer's place: words of its kind, or numbers of as many digits."""
+    for words in (_CITIES, _NAMES, _DISHES, _ANIMALS, _COLOURS):
+        if answer in words:
+            return words
+    return range(10 ** (len(answer) - 1), 10 ** len(answer))
 
 
 def _multikey(rng: random.Random, count: int) -> tuple[list[Fact], list[Question]]:

@@ -1,14 +1,15 @@
 """Needles: facts hidden in real prose at every depth, asked for one by one.
 
-    longspan eval needle --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl
-    longspan eval needle --merge needle.jsonl --json > benchmarks/results/needle.json
+    longspan eval facts --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl
+    longspan eval facts --merge needle.jsonl --json > benchmarks/results/needle.json
 
 The same is `python -m longspan.evals.needle`.
 
 Each haystack is read once into a session and asked for each of its facts; every question starts from the same session.
 A row a question says whether the answer is right, whether the page with the fact was ranked first, and whether a
 citation contains it. Lengths are in the model's own tokens. With --out, a run that is stopped goes on where it was.
-It measures finding, not reasoning.
+It measures finding, not reasoning. The grid of depth and length is `grid.py`'s, whose questions each have a context of
+their own.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from longspan.evals.questions.sources import Sources
 
+T = TypeVar("T")
 Tokens = Callable[[str], Sequence[object]]
 """Splits a text into tokens, without special tokens at its ends."""
 Guess = Callable[[random.Random], str]
@@ -88,6 +89,13 @@ class Setting:
     """Of the example: families with a fixed set of questions take them in turn."""
     order: int = 0
     """The seed, which orders such a set."""
+
+
+def in_turn(things: Sequence[T], setting: Setting) -> T:
+    """Return the thing whose turn it is: each once, in an order given by the seed, before any comes again."""
+    order = list(range(len(things)))
+    random.Random(f"in-turn-{setting.order}").shuffle(order)
+    return things[order[setting.index % len(order)]]
 
 
 @dataclass(frozen=True)

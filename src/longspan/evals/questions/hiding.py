@@ -5,8 +5,9 @@ It does not know what a needle says.
 
 from __future__ import annotations
 
+import random
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from longspan.evals.questions import pieces
 
@@ -44,3 +45,27 @@ def run(source: Sequence[str], start: int, count: int) -> str:
     while len(turned) < count:
         turned += source[: count - len(turned)]
     return " ".join(turned)
+
+
+def in_prose(
+    source: Sequence[str], start: int, needles: Sequence[str], depths: Sequence[float], *, shuffled: int | None = None
+) -> Callable[[int], str]:
+    """Return what makes prose of so many words with needles between its sentences.
+
+    Args:
+        source: the prose, word by word (`Sources.words`).
+        start: its first word.
+        needles: sentences to hide.
+        depths: where, as shares of the characters; ascending.
+        shuffled: a seed by which the sentences are put into another order; None: they keep theirs.
+    """
+
+    def hay(count: int) -> str:
+        text = run(source, start, count)
+        if shuffled is not None:
+            told = pieces.sentences(text)
+            random.Random(shuffled).shuffle(told)
+            text = " ".join(told)
+        return among_sentences(text, needles, depths)
+
+    return hay

@@ -17,7 +17,13 @@ def register(name: str, home: str) -> None:
     _HOMES[name] = home
 
 
+register("passkey", "longspan.evals.passkey:PASSKEY")
+register("needle", "longspan.evals.grid:NEEDLE")
 register("ruler", "longspan.evals.ruler.tasks:RULER")
+register("mrcr", "longspan.evals.mrcr:MRCR")
+register("nolima", "longspan.evals.nolima:NOLIMA")
+register("rot", "longspan.evals.rot:ROT")
+register("perplexity", "longspan.evals.perplexity:PERPLEXITY")
 
 
 def names() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -40,6 +41,11 @@ class Sources:
     def words(self) -> list[str]:
         """The prose as words, with all white space between them made one space."""
         return re.split(r"\s+", (prose() if self.essay is None else self.essay).strip())
+
+    @cached_property
+    def vocabulary(self) -> frozenset[str]:
+        """The prose's different words, without case and without what is no letter around them."""
+        return frozenset(word.strip(string.punctuation).casefold() for word in self.words)
 
     @cached_property
     def digest(self) -> str:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from longspan.evals.questions import words
 from longspan.evals.questions.example import Draft, Setting
 from longspan.evals.questions.fill import Drawn
-from longspan.evals.questions.hiding import NOISE, among_lines, among_sentences, run
+from longspan.evals.questions.hiding import NOISE, among_lines, in_prose
 
 _DEPTHS = tuple(round(100 * i / 39) / 100 for i in range(40))
 _POSSIBLE = {"numbers": 9 * 10**6, "uuids": 2**122}
@@ -64,10 +64,7 @@ class Niah:
         asked = rng.sample(keyed, self.queries)
         if self.haystack == "essay":
             source = setting.sources.words
-            start = rng.randrange(len(source))
-
-            def hay(count: int) -> str:
-                return among_sentences(run(source, start, count), needles, depths)
+            hay = in_prose(source, rng.randrange(len(source)), needles, depths)
         else:
             lines = Drawn(_lines(self, pairs))
 

@@ -1,4 +1,4 @@
-"""`longspan eval needle`: facts hidden in real prose at every depth, asked for one by one."""
+"""`longspan eval facts`: facts hidden in real prose, asked of one session one by one, with citations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from longspan.cli.progress import Progress
 from longspan.errors import UsageError
 from longspan.evals.facts import KINDS
 
-EXAMPLE = 'longspan eval needle --lengths 4K,16K --mechanisms "streaming retrieval" --out needle.jsonl'
+EXAMPLE = 'longspan eval facts --lengths 4K,16K --mechanisms "streaming retrieval" --out facts.jsonl'
 
 
-def needle(
+def facts(
     files: Annotated[list[str] | None, typer.Argument(metavar="[FILES]", help="Files to merge (with --merge).")] = None,
     model: options.Model = None,
     mechanisms: Annotated[
@@ -51,12 +51,13 @@ def needle(
     merge: Annotated[bool, typer.Option("--merge", help="Ask nothing: make one result of the files named.")] = False,
     json: options.AsJson = False,
 ) -> None:
-    """Hide facts in prose and ask for them: right answers, pages ranked first, facts cited, by mechanism and length.
+    """Hide facts in prose and ask a session for them: right answers, pages ranked first, facts cited.
 
-    With --out, a run that was stopped goes on where it was.
+    Eight facts stand in each haystack, which is read once; by mechanism and length. With --out, a run that was stopped
+    goes on where it was.
     """
     if merge != bool(files):
-        raise UsageError("--merge needs files: give --merge needle.jsonl" if merge else "files are for --merge alone")
+        raise UsageError("--merge needs files: give --merge facts.jsonl" if merge else "files are for --merge alone")
     with Progress() as progress:
         progress.busy("reading haystacks and asking")
         from longspan.evals.needle import Options, measure
@@ -74,7 +75,7 @@ def needle(
             minutes=minutes,
             merge=[Path(name) for name in files or []] or None,
         )
-        result = measure(given, f"longspan eval needle {shlex.join(sys.argv[3:])}", progress.say)
+        result = measure(given, f"longspan eval facts {shlex.join(sys.argv[3:])}", progress.say)
     if json:
         output.write_json(result)
         return

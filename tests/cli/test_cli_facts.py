@@ -1,4 +1,4 @@
-"""`longspan eval needle`: the needle eval as a command, with the same options and results as its module."""
+"""`longspan eval facts`: the needle eval of sessions as a command, with the same options and results as its module."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ def rows_of(result):
 
 
 def test_the_command_and_the_module_measure_the_same(cli, home: Path, capfdbinary):
-    code, out, err = cli("eval", "needle", *SMALL, "--dtype", "float32", "--json")
+    code, out, err = cli("eval", "facts", *SMALL, "--dtype", "float32", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["command"].startswith("longspan eval needle") and found["dtype"] == "float32"
+    assert found["command"].startswith("longspan eval facts") and found["dtype"] == "float32"
     assert len(found["rows"]) == 4 and "[4/4] streaming:window=64 twofact 400: " in err
     assert needle.main([*SMALL, "--dtype", "float32", "--json"]) == 0
     module = json.loads(capfdbinary.readouterr().out)
@@ -27,13 +27,13 @@ def test_the_command_and_the_module_measure_the_same(cli, home: Path, capfdbinar
 
 
 def test_a_stopped_run_goes_on_and_files_are_merged(cli, home: Path):
-    code, out, err = cli("eval", "needle", *SMALL, "--out", "rows.jsonl", "--minutes", "1e-9")
+    code, out, err = cli("eval", "facts", *SMALL, "--out", "rows.jsonl", "--minutes", "1e-9")
     assert code == 0 and "3 of 4 questions left: the same command goes on from rows.jsonl" in err
-    assert cli("eval", "needle", *SMALL, "--out", "rows.jsonl")[0] == 0
-    code, out, err = cli("eval", "needle", "--merge", "rows.jsonl")
+    assert cli("eval", "facts", *SMALL, "--out", "rows.jsonl")[0] == 0
+    code, out, err = cli("eval", "facts", "--merge", "rows.jsonl")
     assert (code, err) == (0, "")
     assert "own words" in out and "streaming:window=64" in out and len(Path("rows.jsonl").read_text().splitlines()) == 6
-    code, out, _ = cli("eval", "needle", "--merge", "rows.jsonl", "--json")
+    code, out, _ = cli("eval", "facts", "--merge", "rows.jsonl", "--json")
     assert code == 0 and len(json.loads(out)["rows"]) == 4
 
 
@@ -44,7 +44,7 @@ def test_ctrl_c_keeps_every_answer(cli, home: Path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LLM, "ask", stop)
-    code, out, err = cli("eval", "needle", *SMALL, "--out", "rows.jsonl")
+    code, out, err = cli("eval", "facts", *SMALL, "--out", "rows.jsonl")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "longspan: stopped: the same command goes on from rows.jsonl"
 
@@ -56,7 +56,7 @@ def test_ctrl_c_keeps_every_answer(cli, home: Path, monkeypatch):
         (["--kinds", "double"], "unknown kind 'double'"),
         (["--mechanisms", "quadratic"], "unknown attention 'quadratic'"),
         (["--haystacks", "0"], "--haystacks 0"),
-        (["--haystacks", "few"], "(see: longspan eval needle --help)"),
+        (["--haystacks", "few"], "(see: longspan eval facts --help)"),
         (["--minutes", "0"], "--minutes 0"),
         (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
         (["--device", "abacus"], "use auto, cpu or cuda"),
@@ -70,6 +70,6 @@ def test_ctrl_c_keeps_every_answer(cli, home: Path, monkeypatch):
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
 def test_bad_arguments_get_one_line(cli, home: Path, arguments, told):
-    code, out, err = cli("eval", "needle", *arguments)
+    code, out, err = cli("eval", "facts", *arguments)
     assert (code, out) == (2, "")
     assert told in err and err.startswith("longspan: ") and len(err.splitlines()) == 1

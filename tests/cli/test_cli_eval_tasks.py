@@ -1,4 +1,4 @@
-"""`longspan eval ruler`: what it prints, keeps and refuses."""
+"""`longspan eval ruler` and the other evals of generated questions: what they print, keep and refuse."""
 
 import json
 from pathlib import Path
@@ -143,3 +143,50 @@ def test_shards_ask_each_question_once_and_see_one_another(cli, haystack):
 def test_a_run_without_time_left_says_what_is_left(cli, haystack):
     code, out, err = cli("eval", "ruler", *SMALL, *haystack, "--minutes", "1e-9")
     assert code == 0 and "3 of 4 questions left: nothing is kept without --out FOLDER" in err and "qa_1" in out
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("passkey", ()),
+        ("needle", ("--depths", "2", "--kinds", "single,multikey")),
+        ("mrcr", ("--tasks", "mrcr_2")),
+        ("nolima", ("--tasks", "onehop", "--question", "before")),
+        ("rot", ("--tasks", "coherent_1", "--order", "last")),
+        ("perplexity", ()),
+    ],
+)
+def test_every_eval_asks_and_resumes(cli, haystack, name, more):
+    pytest.importorskip("matplotlib")
+    given = ("eval", name, "--lengths", "1300,1500", "--questions", "1", "--attention", "streaming:window=64")
+    more = (*haystack, *more)
+    code, out, err = cli(*given, *more, "--out", "found", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    count = 8 if name == "needle" else 2
+    assert len(found["rows"]) == count and {row["eval"] for row in found["rows"]} == {name}
+    assert all(
+        0 <= row["score"] <= 1 and row["seconds"] > 0 and row["tokens"] <= row["length"] for row in found["rows"]
+    )
+    if name == "perplexity":
+        assert [line["perplexity"] > 1 for line in found["table"]] == [True, True]
+    code, again, err = cli(*given, *more, "--out", "found", "--json")
+    assert code == 0 and json.loads(again)["rows"] == found["rows"] and f"[{count}/{count}]" not in err
+    code, out, err = cli(*given, *more, "--out", "found")
+    assert code == 0 and "1,300 tokens" in out and ("perplexities" if name == "perplexity" else "in percent") in err
+
+
+@pytest.mark.parametrize(
+    "arguments,told",
+    [
+        (("needle", "--kinds", "double"), "unknown kind 'double'"),
+        (("needle", "--depths", "1"), "--depths 1 is no grid"),
+        (("mrcr", "--order", "first"), "--order changes what is right in mrcr_2"),
+        (("perplexity", "--question", "before"), "--question is for tasks that ask one"),
+        (("perplexity", "--attention", "retrieval"), "gives no probability of a text"),
+        (("passkey", "--tasks", "vt"), "unknown task 'vt'"),
+    ],
+)
+def test_what_an_eval_can_not_ask_is_told_in_one_line(cli, haystack, arguments, told):
+    code, out, err = cli("eval", *arguments, *haystack)
+    assert code == 2 and out == "" and told in err.splitlines()[-1]
