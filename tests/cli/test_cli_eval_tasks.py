@@ -158,7 +158,7 @@ def test_a_run_without_time_left_says_what_is_left(cli, haystack):
 )
 def test_every_eval_asks_and_resumes(cli, haystack, name, more):
     pytest.importorskip("matplotlib")
-    given = ("eval", name, "--lengths", "1300,1500", "--questions", "1", "--attention", "streaming:window=64")
+    given = ("eval", name, "--lengths", "1600,1800", "--questions", "1", "--attention", "streaming:window=64")
     more = (*haystack, *more)
     code, out, err = cli(*given, *more, "--out", "found", "--json")
     assert code == 0, err
@@ -173,7 +173,7 @@ def test_every_eval_asks_and_resumes(cli, haystack, name, more):
     code, again, err = cli(*given, *more, "--out", "found", "--json")
     assert code == 0 and json.loads(again)["rows"] == found["rows"] and f"[{count}/{count}]" not in err
     code, out, err = cli(*given, *more, "--out", "found")
-    assert code == 0 and "1,300 tokens" in out and ("perplexities" if name == "perplexity" else "in percent") in err
+    assert code == 0 and "1,600 tokens" in out and ("perplexities" if name == "perplexity" else "in percent") in err
 
 
 @pytest.mark.parametrize(
