@@ -37,8 +37,9 @@ bench: $(STAMP)  ## speed against plain transformers, and needles, on this machi
 	$(BIN)/python -m longspan.bench.model --json
 	$(BIN)/python -m longspan.evals.needle --lengths 4K,8K --json
 
-docs: $(STAMP)   ## regenerate the tables in README and docs from benchmarks/results
+docs: $(STAMP)   ## regenerate tables and pictures in README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.pictures
 
 clean:           ## remove the environment and caches of tools
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

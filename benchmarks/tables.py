@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from longspan.attention import mechanisms
+from longspan.bench.attention import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ATTENTION = "attention-*.json"
+"""Results of `longspan bench attention`, one a device and kind of inputs; each has a picture of its name."""
 FILES = ("README.md", "README.ru.md", "docs/results.md", "docs/compression.md")
 _PLACE = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -151,6 +154,77 @@ def survey() -> str:
     return _markdown(["method", "its paper says", "fewer bytes, here", "score, here", "perplexity, here"], rows)
 
 
+def _attention_results() -> dict[str, dict[str, Any]]:
+    """Return the committed results of `longspan bench attention` by name; there may be none yet."""
+    files = sorted(RESULTS.glob(ATTENTION))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def _where(result: dict[str, Any]) -> str:
+    of = result["of"]
+    scaled = any("*" in _ratio(row, name) for row in result["rows"] for name in _PEERS)
+    note = "; * fewer queries, scaled" if scaled else ""
+    heads = f"{of['heads']} query and {of['kv_heads']} KV heads of {of['head_dim']}"
+    layer = f"`{of['mechanism']}`, {heads}, {of['dtype']}, {of['routing']} inputs"
+    return f"\n{result['device']}, {layer}, torch {result['torch']}; `{result['command']}`{note}\n"
+
+
+def attention_speed() -> str:
+    """One layer's decode and prefill: our time, and how many times longer each other side takes."""
+    return "\n".join(_speeds(result) + _where(result) for result in _attention_results().values())
+
+
+_PEERS = {"superlinear": "superlinear 0.1.0", "sdpa-cudnn": "dense (cuDNN)", "sdpa-flash": "dense (flash)"}
+
+
+def _speeds(result: dict[str, Any]) -> str:
+    found = {(row["what"], row["length"]): row for row in result["rows"] if row["what"] != "backward"}
+    parts = [part for part in ("decode", "prefill") if any(what == part for what, _ in found)]
+    peers = [name for name in _PEERS if any(name in row["ratios"] for row in found.values())]
+    queries = max(row["queries"] for row in result["rows"])
+    head = ["context"]
+    for part in parts:
+        head.append("decode" if part == "decode" else f"prefill of {report.words(queries)}")
+        head += [f"ratio to {_PEERS[name]}" for name in peers]
+    rows = []
+    for length in sorted({length for _, length in found}):
+        line = [report.words(length)]
+        for part in parts:
+            row = found.get((part, length))
+            seconds = "" if row is None else report.duration(row["sides"]["longspan"]["seconds"])
+            line += [seconds, *("" if row is None else _ratio(row, name) for name in peers)]
+        rows.append(line)
+    return _markdown(head, rows)
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    scaled = "*" if row["sides"].get(name, {}).get("queries", row["queries"]) < row["queries"] else ""
+    return f"{row['ratios'][name]:.1f}x{scaled}" if name in row["ratios"] else ""
+
+
+def attention_reached() -> str:
+    """What of the device each call of ours reaches, its memory, and how times grow: a table for each result."""
+    return "\n".join(_reached(name, result) for name, result in _attention_results().items())
+
+
+def _reached(name: str, result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        ours = row["sides"]["longspan"]
+        begin = [row["what"], report.words(row["length"]), report.duration(ours["seconds"])]
+        if row["what"] == "backward":
+            reached = [f"{ours['seconds'] / ours['forward_seconds']:.1f}x forward", "", "", ""]
+        else:
+            shares = [f"{ours[key]:.0%}" for key in ("share_of_bandwidth", "share_of_matmul")]
+            extra = "" if ours["extra_bytes"] is None else f"{ours['extra_bytes'] / 2**20:,.0f} MiB"
+            reached = [report.duration(ours["floor"]["seconds"]), *shares, extra]
+        rows.append([*begin, *reached, f"{ours['error']:.0e}"])
+    head = ["part", "context", "time", "floor", "of bandwidth", "of matmul", "extra memory", "greatest error"]
+    said = "".join(f"- {sentence}\n" for sentence in report.sentences(result))
+    of = f"{result['device']}, {result['of']['routing']} inputs"
+    return f"{_markdown(head, rows)}\n{of}:\n\n{said}\n![Time against context, {of}](pictures/{name}.png)\n"
+
+
 def compare() -> str:
     """Mechanisms side by side: what reading less costs."""
     result = json.loads((RESULTS / "compare-cpu.json").read_text(encoding="utf-8"))
@@ -213,6 +287,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "compress": compress,
     "survey": survey,
     "attention": attention,
+    "attention-speed": attention_speed,
+    "attention-reached": attention_reached,
 }
 
 
