@@ -324,3 +324,34 @@ def test_who_evicts_reads_documents_itself(tiny):
     context = KVContext(tiny, make("dense"))
     with pytest.raises(AssertionError, match="a context of its own"):
         context.attend_by(make("snapkv"))
+
+
+@pytest.mark.parametrize(
+    "spec,kv_format",
+    [
+        ("snapkv:budget=2000", None),
+        ("snapkv:budget=2000", "fp8"),
+        ("snapkv:budget=2000", "int4:residual=0,sinks=0"),
+        ("snapkv:budget=2000", "int4:residual=70,sinks=4"),
+        ("snapkv:budget=2000,heads=adaptive", None),
+        ("expected:budget=2000,heads=adaptive", "int4:residual=0,sinks=0"),
+        ("h2o:budget=700,window=350,every=128", "int4:residual=0,sinks=0"),
+    ],
+)
+def test_layers_shrink_to_bytes_and_waste_no_page(tiny, tokens, spec, kv_format):
+    whole = read(tiny, spec, tokens[:960], kv_format=kv_format)
+    with pytest.raises(UsageError, match="do not hold a page"):
+        whole.kept.shrink(960, whole.nbytes // 100)
+    for share in (0.5, 0.41, 0.33):
+        context = whole.fork()
+        allowed = int(share * whole.nbytes)
+        context.kept.shrink(960, allowed)
+        kv = context.kept.layers[0]
+        # The next page may have to be an exact one.
+        page = kv.pool.native.page_bytes + kv.page_cost if kv_format else kv.page_cost
+        lost = page * len(context.kept.layers)
+        assert allowed - lost < context.nbytes <= allowed, (share, context.nbytes, allowed)
+        assert all(group.held % PAGE == 0 for kv in context.kept.layers for group in kv.groups)
+        if "adaptive" not in spec:
+            rows = [kv.total // kv.kv_heads for kv in context.kept.layers]
+            assert all(count % PAGE == 0 for count in rows) and max(rows) - min(rows) <= PAGE

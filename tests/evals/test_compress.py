@@ -10,11 +10,15 @@ from longspan.attention import make
 from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
 from longspan.evals import compress
-from longspan.evals.compress import Case, Ours, Outcome, Question, cases, row, within
+from longspan.evals.compress import Case, Outcome, Question, cases, row
+from longspan.evals.compress_ours import Ours, Readings, Way, within
 from longspan.evals.compress_report import COLUMNS, picture, table
 from longspan.evals.compress_run import Given, run
 from longspan.evals.haystack import prose
 from longspan.evals.journal import Journal
+from longspan.evals.together import continued
+from longspan.hf.loading import load
+from tiny_hybrid import save_hybrid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 600
@@ -44,22 +48,21 @@ def test_too_short_a_text_is_refused(tiny):
 @pytest.mark.parametrize("ratio", [2, 4])
 def test_what_is_kept_is_the_share_that_was_asked_for(tiny, way, ratio):
     length = 1000
-    mechanism, kv_format = within(tiny, way, ratio, length)
+    way_at = within(tiny, way, ratio, length)
     tokens = tiny.tokens(prose()[:40000])[:length]
     kept = {}
-    for name, made in (("dense", (make("dense"), None)), (way, (mechanism, kv_format))):
-        context = KVContext(tiny, made[0], kv_format=made[1])
-        context.extend(tokens)
+    for name, made in (("dense", Way(make("dense"))), (way, way_at)):
+        context = Readings(tiny).read(made, tokens)
         kept[name] = context.nbytes
-    # Pages that are not full, and in a smaller format the one being filled, are counted too.
+    # What evicts shrinks to the bytes allowed, positions and pages that are not full among them.
     page = KVContext(tiny, make("dense")).layers[0].pool.native.page_bytes * tiny.dimensions.layers
-    allowed = 2 * page * (2 if ":heads=adaptive" in way else 1) + (page if kv_format else 0)
+    allowed = 0 if way_at.mechanism.evicts else 2 * page
     assert 0 < kept[way] <= kept["dense"] / ratio + allowed
+    assert kept[way] > kept["dense"] / ratio - 3 * page or not way_at.mechanism.evicts
 
 
 def test_a_format_alone_keeps_its_share_or_is_refused(tiny):
-    mechanism, kv_format = within(tiny, "fp8", 2, LENGTH)
-    assert (mechanism, kv_format) == (make("dense"), "fp8")
+    assert within(tiny, "fp8", 2, LENGTH) == Way(make("dense"), "fp8")
     with pytest.raises(UsageError, match="keeps more than 1/16"):
         within(tiny, "fp8", 16, LENGTH)
     with pytest.raises(UsageError, match="unknown"):
@@ -67,10 +70,10 @@ def test_a_format_alone_keeps_its_share_or_is_refused(tiny):
 
 
 def test_ours_scores_and_answers_as_the_engine_does(tiny, asked):
-    runner = Ours(tiny, make("dense"), None)
+    runner = Ours(tiny, Way(make("dense")))
     text = asked[1]
     continued = runner.continued(text, 5)
-    found = runner.run(text, continued)
+    (found,) = runner.run([text], [continued])
     context = KVContext(tiny, make("dense"))
     lost = 0.0
     for i, token in enumerate(text.tokens + list(text.follows)):
@@ -80,8 +83,80 @@ def test_ours_scores_and_answers_as_the_engine_does(tiny, asked):
     assert found.nlls == pytest.approx(lost, rel=1e-3)
     assert list(found.likeliest) == continued
     assert found.kept_bytes > 0
-    answer = runner.run(asked[0], ()).answer
+    answer = runner.run(asked[:1], ())[0].answer
     assert answer and len(tiny.tokens(answer)) <= 8
+
+
+WAYS = [
+    "dense",
+    "streaming",
+    "h2o",
+    "snapkv",
+    "snapkv:heads=adaptive",
+    "rocketkv",
+    "expected:when=question",
+    "snapkv+fp8",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_written_together_are_those_written_alone(tiny, way):
+    tokens = tiny.tokens(prose()[:40000])
+    made = within(tiny, way, 2, LENGTH) if way != "dense" else Way(make("dense"))
+    contexts, first, alone = [], [], []
+    for start, count in ((0, LENGTH), (700, LENGTH - 90), (1500, LENGTH - 1)):
+        context = Readings(tiny).read(made, tokens[start : start + count])
+        first.append(int(context.step(tokens[:30]).argmax()))
+        contexts.append(context)
+    before = [(context.length, context.nbytes) for context in contexts]
+    wanted = [7, 1, 5]
+    together = continued(tiny, contexts, first, 7, lambda i, written: len(written) == wanted[i])
+    assert [(context.length, context.nbytes) for context in contexts] == before, "nothing is left behind"
+    for context, token, count in zip(contexts, first, wanted, strict=True):
+        alone.append([token])
+        while len(alone[-1]) < count:
+            alone[-1].append(int(context.step(alone[-1][-1:]).argmax()))
+    assert together == alone
+
+
+def test_answers_of_a_hybrid_model_are_written_one_by_one(tmp_path):
+    model = load(str(save_hybrid(tmp_path, "lfm2")), device="cpu", dtype=torch.float32)
+    tokens, contexts = model.tokens(prose()[:8000]), []
+    for start in (0, 300):
+        contexts.append(Readings(model).read(Way(make("dense")), tokens[start : start + 200]))
+    together = continued(model, contexts, [5, 6], 4, lambda _, written: len(written) == 4)
+    for context, said in zip(contexts, together, strict=True):
+        again = said[:1]
+        while len(again) < 4:
+            again.append(int(context.step(again[-1:]).argmax()))
+        assert again == said and context.length == 203
+
+
+@pytest.mark.parametrize("way", ["snapkv+fp8", "expected:heads=adaptive", "keydiff:every=0"])
+def test_a_document_is_read_once_for_every_ratio(tiny, way, monkeypatch):
+    tokens, readings, read = tiny.tokens(prose()[:40000])[:LENGTH], Readings(tiny), []
+    forward = type(tiny).forward
+    monkeypatch.setattr(type(tiny), "forward", lambda self, t, *a, **o: (read.extend(t), forward(self, t, *a, **o))[1])
+    shared = {}
+    for ratio in (5, 6, 8):
+        context = readings.read(within(tiny, way, ratio, LENGTH), tokens)
+        shared[ratio] = [group.positions().tolist() for kv in context.kept.layers for group in kv.groups]
+        context.free()
+    assert read == tokens
+    for ratio, rows in shared.items():
+        context = Readings(tiny).read(within(tiny, way, ratio, LENGTH), tokens)
+        assert [group.positions().tolist() for kv in context.kept.layers for group in kv.groups] == rows
+
+
+def test_a_way_that_waits_for_the_question_counts_the_document_too(tiny, asked):
+    whole = Ours(tiny, Way(make("dense"))).run(asked, ())
+    kept = {}
+    for way in ("snapkv", "snapkv:when=question"):
+        kept[way] = Ours(tiny, within(tiny, way, 4, LENGTH)).run(asked, ())
+    for dense, early, late in zip(whole, kept["snapkv"], kept["snapkv:when=question"], strict=True):
+        assert early.kept_bytes < dense.kept_bytes / 2 and late.kept_bytes > dense.kept_bytes
+    # Here the question's tokens are the text's own last ones, and the rows that they look at are kept.
+    assert all(math.isfinite(late.nlls) for late in kept["snapkv:when=question"])
 
 
 def test_a_row_counts_scores_perplexity_and_agreement():
@@ -102,12 +177,12 @@ def test_a_run_is_kept_and_goes_on(tiny, asked, tmp_path):
     given = Given(["streaming", "fp8", "snapkv+fp8"], (), [2.0, 8.0], LENGTH, 3, {"of": "these"})
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
-        rows = run(tiny, None, replace(given, ways=["streaming"]), asked, journal, told.append)
+        rows = run(tiny, (), replace(given, ways=["streaming"]), asked, journal, told.append)
     assert [(r.way, r.ratio) for r in rows] == [("dense", 1.0), ("streaming", 2.0), ("streaming", 8.0)]
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
         told.clear()
-        again = run(tiny, None, given, asked, journal, told.append)
+        again = run(tiny, (), given, asked, journal, told.append)
     assert again[:2] == rows[:2] and len(again) == 6, "fp8 alone can't keep an eighth"
     assert sum("dense at" in line for line in told) == 0 and any("left out: fp8 at 8" in line for line in told)
     dense, *others = again
@@ -118,19 +193,50 @@ def test_a_run_is_kept_and_goes_on(tiny, asked, tmp_path):
     assert file.read_bytes()[:4] == b"\x89PNG"
 
 
+class Peers:
+    """A peer whose every row is the same."""
+
+    name = "kvpress"
+
+    def __init__(self, nll):
+        self.nll, self.asked = nll, []
+
+    def ask(self, asked):
+        self.asked.append((asked["press"], asked["ratio"]))
+        count = len(asked["score"][1:]) and len(asked["score"][1])
+        scores = [{"nll": self.nll, "likeliest": []}, {"nll": 0.0, "likeliest": [0] * count}]
+        return {"bytes": 1, "scores": scores, "answers": [[0]]}
+
+
+def test_copies_of_a_peer_share_its_rows(tiny, asked):
+    nll = Ours(tiny, Way(make("dense"))).run(asked[1:], ())
+    peers = [Peers(sum(outcome.nlls for outcome in nll) / len(nll)) for _ in range(2)]
+    given = Given(["streaming"], ["a", "b", "c"], [2.0, 4.0], LENGTH, 3, {})
+    with Journal(None) as journal:
+        journal.begin({})
+        rows = run(tiny, peers, given, asked, journal, lambda _: None)
+        again = run(tiny, peers, given, asked, journal, lambda _: None)
+    assert rows == again and len(rows) == 2 + 2 + 6
+    assert [(r.who, r.way, r.ratio) for r in rows[4:]] == [("kvpress", p, r) for p in "abc" for r in (2.0, 4.0)]
+    told = [plan for peer in peers for plan in dict.fromkeys(peer.asked) if plan[0]]
+    assert sorted(told) == sorted((p, r) for p in "abc" for r in (2.0, 4.0)), "each row once"
+
+
+def test_when_the_time_is_over_nothing_is_begun_and_it_says_so(tiny, asked):
+    told = []
+    given = Given(["streaming", "snapkv"], (), [2.0], LENGTH, 3, {}, minutes=1e-9)
+    with Journal(None) as journal:
+        journal.begin({})
+        rows = run(tiny, (), given, asked, journal, told.append)
+    assert [r.way for r in rows] == ["dense"]
+    assert "2 rows were not reached" in told[-1]
+
+
 def test_a_peer_that_is_another_model_is_not_compared(tiny, asked, monkeypatch):
-    class Other:
-        name = "kvpress"
-
-        def ask(self, asked):
-            count = len(asked["score"][1:]) and len(asked["score"][1])
-            scores = [{"nll": 500.0, "likeliest": []}, {"nll": 0.0, "likeliest": [0] * count}]
-            return {"bytes": 1, "scores": scores, "answers": [[0]]}
-
     given = Given([], [], [2.0], LENGTH, 3, {})
     with Journal(None) as journal, pytest.raises(UsageError, match="did not load the same weights"):
         journal.begin({})
-        run(tiny, Other(), given, asked, journal, lambda _: None)
+        run(tiny, [Peers(500.0)], given, asked, journal, lambda _: None)
 
 
 def test_a_peer_loads_the_folder_that_ours_came_from(tiny, folder):

@@ -184,7 +184,7 @@ def test_what_was_learned_follows_its_rows_and_what_was_not_learned_counts_nothi
     assert group.learned is not before
     one.truncate(150)
     assert group.learned is before
-    assert one.nbytes == one.page_bytes + before.nbytes + HEADS * 40 * 8
+    assert one.nbytes == one.page_bytes + before.nbytes + HEADS * 40 * 4
 
 
 @pytest.mark.parametrize("apart", [False, True])

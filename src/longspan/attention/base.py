@@ -99,6 +99,8 @@ class Mechanism(ABC):
     """Whether it still reads pages of which only summaries are held, so that a byte budget can demote cold ones."""
     evicts: ClassVar[bool] = False
     """Whether each KV head forgets keys of its own choice for good, so that its layers are `kv.kept.KeptKV`."""
+    reads_all: ClassVar[bool] = False
+    """Whether a decode step attends to everything that is held, in one softmax."""
     prefills: ClassVar[bool] = True
     """Whether documents are read by it; False: its paper chooses in decode only, and prefill is another mechanism's."""
     prefill_only: ClassVar[bool] = False

@@ -28,6 +28,7 @@ class Dense(Mechanism):
     about: ClassVar[str] = "every key, exactly"
     source: ClassVar[str] = "arXiv 1706.03762"
     exact: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
     decode_order: ClassVar[str] = "n"
     beyond_window: ClassVar[bool] = False
     gpu_tile: ClassVar[int] = 512

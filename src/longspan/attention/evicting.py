@@ -76,6 +76,7 @@ class Evicting(Mechanism):
 
     evicts: ClassVar[bool] = True
     bounded_memory: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
     decode_order: ClassVar[str] = "1"
     gpu_tile: ClassVar[int] = 512
 
@@ -140,6 +141,10 @@ class Evicting(Mechanism):
         """Whether documents stay whole, and each question evicts on a copy."""
         return self.when == "question"
 
+    def unevicted(self, n: int) -> Evicting | None:
+        """Return what reads n tokens as this does, and evicts none of them; None: this evicts on the way."""
+        return None if self.every and not self.per_question else replace(self, budget=max(n, self.budget))
+
     def asked(self, count: int, n: int) -> Evicting:
         """Return this mechanism for one question of `count` tokens, the last of n: they observe, and they stay.
 
@@ -184,13 +189,14 @@ class Evicting(Mechanism):
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     @torch.no_grad()
-    def evict(self, kv: KeptKV, keep: int, most: int | None = None) -> None:
+    def evict(self, kv: KeptKV, keep: int, most: int | None = None, unit: int = 1) -> None:
         """Keep so many rows a head (on average, where shares differ), if more are held in all or by one.
 
         Args:
             kv: a layer whose tokens are all committed.
             keep: rows, at least `least`.
             most: rows that one head may keep at most.
+            unit: rows that a head keeps a multiple of, where shares differ.
 
         Raises:
             PoolExhaustedError: a fork shares pages, and the budget has no room for others.
@@ -205,6 +211,7 @@ class Evicting(Mechanism):
                 window=self.window,
                 safeguard=self.safeguard if self.heads == "adaptive" else None,
                 most=most,
+                unit=unit,
             )
         )
         if not self.every and not self.per_question:
@@ -280,6 +287,6 @@ class Evicting(Mechanism):
             decode_flops=shape.read_flops(keys),
             decode_bytes=keys * shape.token_bytes,
             prefill_flops=prefill,
-            kept_bytes=kept * (shape.token_bytes + 8 * shape.kv_heads) + self.learned_bytes(kept, shape),
+            kept_bytes=kept * (shape.token_bytes + 4 * shape.kv_heads) + self.learned_bytes(kept, shape),
             decode_keys=keys,
         )

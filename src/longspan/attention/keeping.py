@@ -22,6 +22,7 @@ def rows_to_keep(
     window: int,
     safeguard: float | None = None,
     most: int | None = None,
+    unit: int = 1,
 ) -> list[Tensor]:
     """Choose the rows that stay.
 
@@ -32,6 +33,7 @@ def rows_to_keep(
         window: newest rows that stay whatever their scores.
         safeguard: share of `count` that each head keeps for sure, groups being one head each; None: all of it.
         most: rows that one head may keep at most; None: any number.
+        unit: rows that a head whose share differs keeps a multiple of, where it has so many.
 
     Returns:
         A group's rows, int64 `[heads, kept]`, ascending. Rows that score NaN stay before all others.
@@ -50,7 +52,22 @@ def rows_to_keep(
     best = torch.cat(rest).sort(descending=True, stable=True).indices[: max(0, left)]
     # A head's candidates stand in the order of their scores: as many as were chosen are its first ones.
     extra = torch.bincount(owner[best], minlength=len(scores)).tolist()
-    return [order[:, : safe + more].sort(1).values for order, more in zip(ranked, extra, strict=True)]
+    kept = [min(safe + more, one.shape[1]) for one, more in zip(scores, extra, strict=True)]
+    kept = _in_units(kept, unit, [min(limit, one.shape[1]) for one in scores])
+    return [order[:, :rows].sort(1).values for order, rows in zip(ranked, kept, strict=True)]
+
+
+def _in_units(counts: list[int], unit: int, limits: list[int]) -> list[int]:
+    """Return counts in multiples of a unit whose sum is as great: what lacks most of the next one is rounded down."""
+    if unit == 1:
+        return counts
+    units = [count // unit for count in counts]
+    left = sum(counts) // unit - sum(units)
+    for i in sorted(range(len(counts)), key=lambda i: -(counts[i] % unit)):
+        if left and (units[i] + 1) * unit <= limits[i]:
+            units[i] += 1
+            left -= 1
+    return [max(1, each) * unit for each in units]
 
 
 def _ranked(scores: Tensor, sinks: int, window: int) -> Tensor:

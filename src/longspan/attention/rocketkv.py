@@ -41,6 +41,7 @@ class RocketKV(SnapKV):
     about: ClassVar[str] = "SnapKV's keys, of which decode reads those with the best approximate scores"
     source: ClassVar[str] = "arXiv 2502.14051"
     bounded_memory: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = False
     decode_order: ClassVar[str] = "1"
 
     def keeps(self, n: int) -> int:

@@ -40,6 +40,9 @@ def compress(
     peer_model: Annotated[
         str | None, typer.Option("--peer-model", metavar="FOLDER", help="What the peer loads. Default: the same model.")
     ] = None,
+    peer_jobs: Annotated[
+        int, typer.Option("--peer-jobs", metavar="N", help="Copies of the peer that work side by side.")
+    ] = 1,
     presses: Annotated[
         str, typer.Option("--presses", metavar="NAMES", help="The peer's methods, spaces between; or all.")
     ] = "all",
@@ -53,6 +56,9 @@ def compress(
         int, typer.Option("--answer", metavar="N", help="Tokens of an answer, where a task allows more.")
     ] = 128,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which questions.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="M", help="Begin nothing more after that time.")
+    ] = None,
     device: options.Device = "auto",
     out: Annotated[
         str | None,
@@ -68,6 +74,8 @@ def compress(
     wanted = _ratios(ratios)
     if min(questions, texts, following, greedy, answer) < 1 or following < 2:
         raise UsageError("--questions, --texts, --greedy and --answer need at least 1, --tokens at least 2")
+    if peer_jobs < 1 or (minutes is not None and not minutes > 0):
+        raise UsageError("--peer-jobs needs at least 1, and --minutes more than 0")
     if peer is not None and peer_python is None:
         raise UsageError(f"--peer {peer} runs in an environment of its own: name its interpreter with --peer-python")
     with Progress() as progress, contextlib.ExitStack() as stack:
@@ -87,12 +95,13 @@ def compress(
         where, dtype = llm.model.device, str(llm.model.dtype).removeprefix("torch.")
         about = environment(where, "eval compress", sys.argv[3:]) | {"model": llm.model.name, "dtype": dtype}
         about["command"] = about["command"].replace("python -m", "longspan", 1)
-        other = None
+        peers = []
         if peer is not None and peer_python is not None:
             folder = folder_of(llm.model) if peer_model is None else Path(peer_model)
             progress.busy(f"starting {peer}")
-            other = stack.enter_context(Peer(peer, Path(peer_python), folder, [dtype, str(where)]))
-            about[peer] = other.about
+            for _ in range(peer_jobs):
+                peers.append(stack.enter_context(Peer(peer, Path(peer_python), folder, [dtype, str(where)])))
+            about[peer] = peers[0].about
         progress.busy("making questions")
         asked = cases(llm.model, text, tokens, names, questions, texts, following, seed=seed, longest_answer=answer)
         of = {
@@ -103,11 +112,11 @@ def compress(
         given = Given(
             WAYS if ways.strip() == "all" else ways.split(),
             PRESSES.get(peer or "", ()) if presses.strip() == "all" else presses.split(),
-            wanted, tokens, greedy, of,
+            wanted, tokens, greedy, of, minutes,
         )  # fmt: skip
         journal.begin(about)
         try:
-            rows = [asdict(row) for row in run(llm.model, other, given, asked, journal, progress.say)]
+            rows = [asdict(row) for row in run(llm.model, peers, given, asked, journal, progress.say)]
         except (KeyboardInterrupt, Cancelled) as error:
             again = f"the same command goes on from {out}" if out else "nothing is kept without --out FOLDER"
             raise Cancelled(f"stopped: {again}") from error

@@ -12,6 +12,7 @@ question is read and evicts.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -22,7 +23,7 @@ from torch import Tensor
 from longspan.attention import Mechanism
 from longspan.attention.evicting import Evicting
 from longspan.engine.contexts import kv_head
-from longspan.errors import PoolExhaustedError
+from longspan.errors import PoolExhaustedError, UsageError
 from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
@@ -111,6 +112,23 @@ class KeptLayers:
         rows = self._rows_left(chunk)
         for kv in self.layers:
             self._evict(kv, length, 0, rows, chunk)
+
+    def shrink(self, length: int, nbytes: int) -> None:
+        """Evict once, after all was read, so that all layers take at most so many bytes, positions among them.
+
+        What is left over of a page in every layer is put together: some layers keep a page more than others.
+
+        Raises:
+            UsageError: the bytes hold no page of every layer; nothing was evicted.
+        """
+        unit, layers = self.layers[0].page_cost, len(self.layers)
+        ends = [i * nbytes // layers // unit for i in range(layers + 1)]
+        rows = [self.layers[0].rows_of((stop - start) * unit) for start, stop in itertools.pairwise(ends)]
+        if min(rows) < 1:
+            raise UsageError(f"{size(nbytes)} do not hold a page of keys of every layer: allow more")
+        for kv, keep in zip(self.layers, rows, strict=True):
+            if kv.total > keep * kv.kv_heads:
+                self.mechanism.within(keep, length).evict(kv, keep, unit=PAGE)
 
     def asked(self, count: int, length: int) -> KeptLayers:
         """Return a copy that shares every page, on which a question of `count` tokens is read after `length` others.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, Shape, make
+from longspan.attention.evicting import Evicting
 from longspan.attention.rebalance import PageMass
 from longspan.engine.asked_copy import AskedCopy
 from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
@@ -220,6 +221,35 @@ class KVContext(Context):
                 kv.free()
             raise
         return other
+
+    @property
+    def answers_by(self) -> Mechanism:
+        """The mechanism that an answer attends by, as it was set for the question."""
+        return self.mechanism if self.answers_from is None else self.answers_from.mechanism
+
+    @property
+    def answers_from(self) -> KeptLayers | None:
+        """What an answer reads where keys are evicted: a question's copy, or what the document left; None: `layers`."""
+        return self.kept if self._asked is None else self._asked.layers
+
+    def answering(self) -> Reader:
+        """Return what reads tokens that are not counted: whoever ran it cuts the context back to its own length."""
+        return self._reader(self.mechanism, for_good=False)
+
+    def evict_by(self, mechanism: Evicting, nbytes: int | None = None) -> None:
+        """Evict by another mechanism, which would have read the documents alike (`Evicting.unevicted`), from now on.
+
+        Args:
+            mechanism: decides what stays.
+            nbytes: that all layers may take (`KeptLayers.shrink`); None: what the mechanism keeps.
+        """
+        assert self.kept is not None, "only what evicts has a context of its own"
+        self.mechanism = self.kept.mechanism = mechanism
+        self._commit()
+        if nbytes is None or self.kept.whole:
+            self._finish()
+        else:
+            self.kept.shrink(self.length, nbytes)
 
     def extend(self, tokens: Sequence[int], tick: Tick = lambda _: None) -> None:
         """See `Context.extend`; a question that evicted and was not taken back is read again, for good."""

@@ -15,29 +15,17 @@ the keys. It does not measure speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch.nn.functional import cross_entropy
-
-from longspan.attention import Mechanism, make, parse
-from longspan.engine.contexts import paged
-from longspan.engine.kept_layers import KeptLayers
-from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
 from longspan.evals.asking.local import template_of
 from longspan.evals.questions.making import examples
 from longspan.evals.questions.scoring import averaged, score, wilson
 from longspan.evals.ruler.tasks import RULER
 from longspan.hf.model import CausalModel
-from longspan.kv import formats
-from longspan.kv.base import PAGE
-from longspan.kv.budget import Budget
-from longspan.kv.kept import KeptKV
-from longspan.kv.pages import PagedKV
 from longspan.peers.process import Peer
 
 DENSE = "dense"
@@ -100,73 +88,21 @@ class Row:
     low: float
     high: float
     """Its 95 % interval."""
+    text_nlls: tuple[float, ...] = ()
+    """Negative log-likelihood of a token, mean over each text's."""
 
 
 class Runner(Protocol):
     """Compresses contexts in one way, and lets the model go on from them."""
 
-    def run(self, case: Case, continuation: Sequence[int]) -> Outcome:
-        """Read a case's context, compress it, and ask or score.
+    def run(self, cases: Sequence[Case], continuations: Sequence[Sequence[int]]) -> list[Outcome]:
+        """Read each case's context, compress it, and ask or score.
 
         Args:
-            case: what is asked.
-            continuation: dense's own greedy continuation of the text, or nothing.
+            cases: what is asked.
+            continuations: dense's own greedy continuation of each text among them, or nothing.
         """
         ...
-
-
-class Ours:
-    """A mechanism of ours over pages of some format."""
-
-    def __init__(self, model: CausalModel, mechanism: Mechanism, kv_format: str | None) -> None:
-        """Take what each context is made with."""
-        self.model, self.mechanism, self.format = model, mechanism, kv_format
-
-    def run(self, case: Case, continuation: Sequence[int]) -> Outcome:
-        """See `Runner`."""
-        context = KVContext(self.model, self.mechanism, kv_format=self.format)
-        try:
-            context.extend(case.tokens)
-            kept = context.nbytes
-            if case.question is not None:
-                return Outcome(kept, answer=self._answer(context, case.question))
-            before = context.length
-            logits = context.score(list(case.follows))
-            wanted = torch.tensor(case.follows[1:], device=logits.device)
-            nlls = float(cross_entropy(logits[:-1], wanted, reduction="sum"))
-            context.truncate(before)
-            likeliest: tuple[int, ...] = ()
-            if continuation:
-                logits = context.score([case.follows[0], *continuation[:-1]])
-                likeliest = tuple(logits.argmax(-1).tolist())
-            return Outcome(kept, nlls=nlls, likeliest=likeliest)
-        finally:
-            context.free()
-
-    def continued(self, case: Case, count: int) -> list[int]:
-        """Return the greedy continuation of a text."""
-        context = KVContext(self.model, self.mechanism, kv_format=self.format)
-        try:
-            context.extend(case.tokens)
-            written: list[int] = []
-            token = case.follows[0]
-            for _ in range(count):
-                token = int(context.step([token]).argmax())
-                written.append(token)
-            return written
-        finally:
-            context.free()
-
-    def _answer(self, context: KVContext, question: Question) -> str:
-        written: list[int] = []
-        token = int(context.step(question.tokens).argmax())
-        while token not in self.model.end_tokens and len(written) < question.max_tokens:
-            written.append(token)
-            text = self.model.decode(written)
-            if score(text, question.outputs, question.scoring) == 1:
-                return text
-            token = int(context.step([token]).argmax())
-        return self.model.decode(written)
 
 
 class Theirs:
@@ -176,8 +112,11 @@ class Theirs:
         """Take who is asked; `press` is empty for dense attention."""
         self.peer, self.model, self.press, self.ratio = peer, model, press, ratio
 
-    def run(self, case: Case, continuation: Sequence[int]) -> Outcome:
+    def run(self, cases: Sequence[Case], continuations: Sequence[Sequence[int]]) -> list[Outcome]:
         """See `Runner`."""
+        return [self._one(case, continuation) for case, continuation in paired(cases, continuations)]
+
+    def _one(self, case: Case, continuation: Sequence[int]) -> Outcome:
         asked: dict[str, Any] = {
             "press": self.press,
             "ratio": self.ratio,
@@ -196,6 +135,13 @@ class Theirs:
         found = self.peer.ask(asked)
         likeliest = tuple(found["scores"][1]["likeliest"]) if continuation else ()
         return Outcome(found["bytes"], nlls=found["scores"][0]["nll"], likeliest=likeliest)
+
+
+def paired(cases: Sequence[Case], continuations: Sequence[Sequence[int]]) -> Iterator[tuple[Case, Sequence[int]]]:
+    """Yield each case with the continuation of its text, which questions have none of."""
+    texts = iter(continuations)
+    for case in cases:
+        yield case, () if case.question is not None else next(texts, ())
 
 
 def cases(
@@ -241,79 +187,6 @@ def cases(
     return found
 
 
-def within(model: CausalModel, way: str, ratio: float, length: int) -> tuple[Mechanism, str | None]:
-    """Return the mechanism and the format of one of our ways that keep at most `1/ratio` of dense's bytes.
-
-    A format alone may keep a seventh more, for its scales; nobody could name a ratio that it keeps exactly.
-
-    Args:
-        model: whose layers are compressed.
-        way: a mechanism, a format of pages, or both with `+` between.
-        ratio: dense's bytes over those kept.
-        length: tokens of the context.
-
-    Raises:
-        UsageError: no such mechanism or format, or it can't keep so little.
-    """
-    spec, _, kv_format = way.rpartition("+") if "+" in way else (way, "", "")
-    if not kv_format and spec.partition(":")[0] in formats.names():
-        spec, kv_format = DENSE, spec
-    mechanism, held = parse(spec), kv_format or None
-    allowed = _layer_bytes(model, make(DENSE), None, length) / ratio
-    if mechanism.exact:
-        if _layer_bytes(model, mechanism, held, length) > allowed * 8 / 7:
-            raise UsageError(f"{way} keeps more than 1/{ratio:g}")
-        return mechanism, held
-    if _layer_bytes(model, make(DENSE), held, length) <= allowed:
-        return make(DENSE), held
-    least, most = PAGE, length
-    if _layer_bytes(model, mechanism.within(least, length), held, length) > allowed:
-        raise UsageError(f"{way} keeps more than 1/{ratio:g}")
-    while least + 1 < most:
-        middle = (least + most) // 2
-        if _layer_bytes(model, mechanism.within(middle, length), held, length) <= allowed:
-            least = middle
-        else:
-            most = middle
-    return mechanism.within(least, length), held
-
-
-def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None, length: int) -> float:
-    """Return the bytes that a layer keeps of `length` tokens, counted on a layer that holds as many rows.
-
-    Page tables and formats are the real ones; what is in the pages does not matter.
-    """
-    sizes = model.dimensions
-    cost = mechanism.cost(length, sizes.shape(model.dtype.itemsize))
-    token = sizes.shape(model.dtype.itemsize).token_bytes
-    kept = KeptLayers.of(model, mechanism, kv_format, Budget())
-    if kept is None:
-        rows = min(length, round(cost.kept_bytes / token))
-        layer: KeptKV | PagedKV = paged(model, kv_format)
-        beside = 0.0
-    else:
-        rows = min(length, kept.mechanism.keeps(length))
-        layer = kept.layers[0]
-        beside = cost.kept_bytes - rows * token  # positions, and what was learned
-    blank = torch.zeros(1, sizes.kv_heads, rows, sizes.head_dim, dtype=model.dtype, device=model.device)
-    layer.append(blank, blank)
-    layer.commit()
-    # A trial's own positions are not those of rows that were evicted: the cost counts them.
-    pages = layer.page_bytes if isinstance(layer, KeptKV) else layer.nbytes
-    layer.free()
-    return pages + beside
-
-
-def measure(
-    runner: Runner, all_cases: Sequence[Case], continuations: Sequence[Sequence[int]], tick: Callable[[], None]
-) -> Iterator[Outcome]:
-    """Yield what comes of each case; `continuations` are dense's own, a text each."""
-    texts = iter(continuations)
-    for case in all_cases:
-        yield runner.run(case, () if case.question is not None else next(texts, ()))
-        tick()
-
-
 def row(
     who: str, way: str, ratio: float, options: str, all_cases: Sequence[Case], outcomes: Sequence[Outcome],
     continuations: Sequence[Sequence[int]], dense: Row | None,
@@ -321,6 +194,7 @@ def row(
     """Return one way's row; `dense` is that of the same side, None for dense itself."""
     scores: dict[str, list[float]] = {}
     nlls, count, same, said = 0.0, 0, 0, 0
+    each_text = []
     texts = iter(continuations)
     for case, outcome in zip(all_cases, outcomes, strict=True):
         if case.question is not None:
@@ -328,6 +202,7 @@ def row(
             scores.setdefault(case.question.task, []).append(found)
             continue
         nlls += outcome.nlls
+        each_text.append(round(outcome.nlls / (len(case.follows) - 1), 5))
         count += len(case.follows) - 1
         wanted = next(texts)
         same += sum(a == b for a, b in zip(outcome.likeliest, wanted, strict=True))
@@ -349,6 +224,7 @@ def row(
         score=round(total.mean, 4) if total else math.nan,
         low=round(total.low, 4) if total else math.nan,
         high=round(total.high, 4) if total else math.nan,
+        text_nlls=tuple(each_text),
     )
 
 

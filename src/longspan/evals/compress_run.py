@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,20 +11,27 @@ from typing import Any
 
 from longspan.attention import make
 from longspan.errors import UsageError
-from longspan.evals.compress import DENSE, Case, Ours, Outcome, Row, Runner, Theirs, measure, row, within
+from longspan.evals.compress import DENSE, Case, Outcome, Row, Theirs, row
+from longspan.evals.compress_ours import Ours, Readings, Way, within
 from longspan.evals.journal import Journal
 from longspan.evals.progress import duration
 from longspan.hf.model import CausalModel
 from longspan.peers.process import Peer
 
+Plan = tuple[str, str, float]
+"""Who, which way, at which ratio."""
+
 OURS = "longspan"
 
 WAYS = (
-    "streaming", "h2o", "snapkv", "snapkv:heads=adaptive", "rocketkv", "expected", "expected:heads=adaptive", "keydiff",
-    "fp8", "int8", "int4", "int2", "snapkv:heads=adaptive+int8", "snapkv:heads=adaptive+int4",
-    "expected:heads=adaptive+int4",
+    "streaming", "keydiff", "snapkv:when=question", "snapkv:when=question,heads=adaptive", "rocketkv:when=question",
+    "expected:when=question", "int2", "int2:residual=0,sinks=0", "int4:residual=0,sinks=0", "int8", "fp8", "int4",
+    "expected+int4:residual=0,sinks=0", "snapkv+int4:residual=0,sinks=0", "expected+int8:residual=0,sinks=0",
+    "snapkv+int8:residual=0,sinks=0", "expected+int2:residual=64,sinks=64", "h2o+int4:residual=0,sinks=0",
+    "keydiff+int4:residual=0,sinks=0", "h2o", "expected", "snapkv", "snapkv:heads=adaptive", "expected:heads=adaptive",
+    "rocketkv", "expected:heads=adaptive+int4:residual=0,sinks=0",
 )  # fmt: skip
-"""Ours, where none are named: each method alone, each format alone, and both together."""
+"""Ours, where none are named: methods alone and per question, formats alone, and both together."""
 
 PRESSES = {
     "kvpress": (
@@ -45,11 +54,13 @@ class Given:
     """Tokens of dense's own continuation of each text."""
     about: dict[str, Any]
     """What the cases were made of: rows of other cases are no part of this comparison."""
+    minutes: float | None = None
+    """After which no row is begun; None: all are."""
 
 
 def run(
     model: CausalModel,
-    peer: Peer | None,
+    peers: Sequence[Peer],
     given: Given,
     cases: Sequence[Case],
     journal: Journal,
@@ -57,74 +68,130 @@ def run(
 ) -> list[Row]:
     """Return a row a way and ratio, dense first; those of the journal are not measured again.
 
-    A way that can't keep so little is left out and named.
+    Peers (copies of one, each a process) work side by side with ours, a row each at a time. A way that can't keep so
+    little is left out and named; so is, once the time is over, what was not reached.
     """
-    known = {
-        (r["who"], r["way"], r["ratio"]): Row(**r)
+    rows = {
+        (r["who"], r["way"], r["ratio"]): Row(**{**r, "text_nlls": tuple(r.get("text_nlls", ()))})
         for r in (entry.row["row"] for entry in journal.entries if entry.row["of"] == given.about)
     }
+    board = _Board(given, cases, journal, tell, rows)
+    ours = [(OURS, way, ratio) for way in given.ways for ratio in given.ratios]
+    theirs = [(peer.name, press, ratio) for peer in peers[:1] for press in given.presses for ratio in given.ratios]
+    first = [(OURS, DENSE, 1.0), *((peer.name, DENSE, 1.0) for peer in peers[:1])]
+    board.left = sum(plan not in rows for plan in [*first, *ours, *theirs])
+    dense = Ours(model, Way(make(DENSE)))
+    for plan in first:
+        if plan not in rows:
+            runner = dense if plan[0] == OURS else Theirs(peers[0], model, "", 1.0)
+            follows = board.continuations(dense)
+            board.take(plan, "dense", runner.run(cases, follows))
+        _alike([row for key, row in rows.items() if key in first])
+    waiting = [plan for plan in theirs if plan not in rows]
+    if waiting or any(plan not in rows for plan in ours):
+        follows = board.continuations(dense)
+    found: queue.SimpleQueue[tuple[Plan, list[Outcome]] | BaseException | None] = queue.SimpleQueue()
+    still = iter(waiting)
+    lock = threading.Lock()
 
-    def made(who: str, way: str, ratio: float) -> tuple[Runner, str]:
-        if who != OURS:
-            assert peer is not None, "presses are planned for a peer alone"
-            dense = way == DENSE
-            return Theirs(peer, model, "" if dense else way, ratio), f"{way} compression_ratio={1 - 1 / ratio:g}"
-        mechanism, kv_format = within(model, way, ratio, given.length)
-        return Ours(model, mechanism, kv_format), mechanism.describe() + (f" +{kv_format}" if kv_format else "")
+    def work(peer: Peer) -> None:
+        try:
+            while not board.late:
+                with lock:
+                    plan = next(still, None)
+                if plan is None:
+                    break
+                found.put((plan, Theirs(peer, model, plan[1], plan[2]).run(cases, follows)))
+        except BaseException as error:  # told where rows are taken
+            found.put(error)
+        found.put(None)
 
-    sides = [(OURS, given.ways)] + ([(peer.name, given.presses)] if peer is not None else [])
-    plans = [(who, DENSE, 1.0) for who, _ in sides]
-    plans += [(who, way, ratio) for ratio in given.ratios for who, ways in sides for way in ways]
-    left = [plan for plan in plans if plan not in known]
-    dense = Ours(model, make(DENSE), None)
-    continuations = _Continuations(dense, cases, given.greedy)
-    began, passed, rows = time.perf_counter(), 0, []
-    denses: dict[str, Row] = {}
-    for who, way, ratio in plans:
-        found = known.get((who, way, ratio))
+    working = list(peers) if waiting else []
+    for peer in working:
+        threading.Thread(target=work, args=(peer,), daemon=True).start()
+    readings, ended = Readings(model), 0
+    for plan in ours:
+        if board.late:
+            break
+        if plan in rows:
+            continue
+        try:
+            way = within(model, plan[1], plan[2], given.length)
+        except UsageError as error:
+            board.leave_out(plan, error)
+            continue
+        board.take(plan, way.describe(), Ours(model, way, readings).run(cases, follows))
+        while not found.empty():
+            ended += board.taken(found.get())
+    while ended < len(working):
+        ended += board.taken(found.get())
+    missing = [plan for plan in [*ours, *theirs] if plan not in rows and plan not in board.left_out]
+    if missing:
+        tell(f"{len(missing)} rows were not reached in {given.minutes:g} minutes: the same command goes on from --out")
+    return [rows[plan] for plan in [*first, *ours, *theirs] if plan in rows]
+
+
+class _Board:
+    """The rows so far, and how far the run is."""
+
+    def __init__(
+        self, given: Given, cases: Sequence[Case], journal: Journal, tell: Callable[[str], None], rows: dict[Plan, Row]
+    ) -> None:
+        self.given, self.cases, self.journal, self.tell, self.rows = given, cases, journal, tell, rows
+        self.left, self.passed = 0, 0
+        self.left_out: set[Plan] = set()
+        self._began = time.perf_counter()
+        self._follows: list[list[int]] | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over after which nothing is begun."""
+        minutes = self.given.minutes
+        return minutes is not None and time.perf_counter() - self._began > 60 * minutes
+
+    def continuations(self, dense: Ours) -> list[list[int]]:
+        """Return dense's own greedy continuation of each text, made once."""
+        if self._follows is None:
+            self.tell("dense continues each text")
+            self._follows = [dense.continued(c, self.given.greedy) for c in self.cases if c.question is None]
+        return self._follows
+
+    def leave_out(self, plan: Plan, error: UsageError) -> None:
+        """Note a way that can't keep so little."""
+        self.tell(f"left out: {plan[1]} at {plan[2]:g}: {error}")
+        self.left_out.add(plan)
+        self.passed += 1
+
+    def taken(self, found: tuple[Plan, list[Outcome]] | BaseException | None) -> int:
+        """Take what a peer's thread found; 1: it has ended."""
+        if isinstance(found, BaseException):
+            raise found
         if found is None:
-            try:
-                runner, options = made(who, way, ratio)
-            except UsageError as error:
-                tell(f"left out: {way} at {ratio:g}: {error}")
-                passed += 1
-                continue
-            follows = continuations.get(tell)
-            outcomes: list[Outcome] = list(measure(runner, cases, follows, lambda: None))
-            found = row(who, way, ratio, options, cases, outcomes, follows, denses.get(who))
-            journal.append({"of": given.about, "row": asdict(found)})
-            passed += 1
-            ends = duration((time.perf_counter() - began) / passed * (len(left) - passed))
-            tell(
-                f"[{passed}/{len(left)}] {who} {way} at {ratio:g}: score {found.score:.1%}, perplexity / dense "
-                f"{found.perplexity_ratio:.3f}, agreement {found.agreement:.1%}, kept {found.kept_share:.1%}, "
-                f"about {ends} left"
-            )
-        if way == DENSE:
-            denses[who] = found
-            _alike(denses)
-        rows.append(found)
-    return rows
+            return 1
+        (_, press, ratio), outcomes = found
+        self.take(found[0], f"{press} compression_ratio={1 - 1 / ratio:g}", outcomes)
+        return 0
+
+    def take(self, plan: Plan, options: str, outcomes: Sequence[Outcome]) -> None:
+        """Keep a row in the journal, and tell it."""
+        who, way, ratio = plan
+        assert self._follows is not None, "every row compares with dense's continuations"
+        dense = self.rows.get((who, DENSE, 1.0))
+        found = self.rows[plan] = row(who, way, ratio, options, self.cases, outcomes, self._follows, dense)
+        self.journal.append({"of": self.given.about, "row": asdict(found)})
+        self.passed += 1
+        ends = duration((time.perf_counter() - self._began) / self.passed * (self.left - self.passed))
+        self.tell(
+            f"[{self.passed}/{self.left}] {who} {way} at {ratio:g}: score {found.score:.1%}, perplexity / dense "
+            f"{found.perplexity_ratio:.3f}, agreement {found.agreement:.1%}, kept {found.kept_share:.1%}, "
+            f"about {ends} left"
+        )
 
 
-class _Continuations:
-    """Dense's own greedy continuation of each text, made once, where something is left to measure."""
-
-    def __init__(self, dense: Ours, cases: Sequence[Case], count: int) -> None:
-        self._dense, self._cases, self._count = dense, cases, count
-        self._found: list[list[int]] | None = None
-
-    def get(self, tell: Callable[[str], None]) -> list[list[int]]:
-        if self._found is None:
-            tell("dense continues each text")
-            self._found = [self._dense.continued(c, self._count) for c in self._cases if c.question is None]
-        return self._found
-
-
-def _alike(denses: dict[str, Row]) -> None:
+def _alike(denses: Sequence[Row]) -> None:
     """Refuse to compare where the two sides' dense attention differs: it would not be the same model."""
     if len(denses) == 2:
-        mine, other = denses.values()
+        mine, other = denses
         if not abs(mine.perplexity / other.perplexity - 1) < 0.02:
             raise UsageError(
                 f"dense perplexity is {mine.perplexity} here and {other.perplexity} at {other.who}: they did not load "

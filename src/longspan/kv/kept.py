@@ -22,6 +22,9 @@ from longspan.kv.rotary import Rotary
 from longspan.kv.rows import KeptRows
 from longspan.kv.undisturbed import Undisturbed
 
+_POSITION = 4
+"""Bytes of the token that a row is."""
+
 
 class KeptKV:
     """The kept keys and values of one layer of one context (B = 1)."""
@@ -128,6 +131,28 @@ class KeptKV:
         # Heads that hold different numbers may each have a page that is not full.
         lost = groups if groups > 1 else 0
         return max(0, (pages - lost) * PAGE // groups)
+
+    @property
+    def page_cost(self) -> int:
+        """Bytes of one full page of one group of heads in the pool's format, with positions and what was learned."""
+        return self.pool.plane(self.pool.format.name).page_bytes + self._beside
+
+    def rows_of(self, nbytes: int) -> int:
+        """Return how many rows a head, on average, can hold in so many bytes, positions among them, in full pages.
+
+        All of them must be committed, and no page be shared out among heads.
+        """
+        made, groups, native = self.pool.format, len(self.groups), self.pool.native
+        dearer = native.page_bytes + self._beside - self.page_cost
+        exact = 0 if made is native.format else groups * (-(-made.sinks // PAGE) + -(-made.residual // PAGE))
+        pages = max(0, nbytes // self.page_cost)
+        while pages > 0 and pages * self.page_cost + min(pages, exact) * dearer > nbytes:
+            pages -= 1
+        return pages * PAGE // groups
+
+    @property
+    def _beside(self) -> int:
+        return PAGE * self.groups_of * (_POSITION + self.groups[0].learned.row_bytes)
 
     def split(self, heads: Tensor) -> Iterator[tuple[KeptRows, Tensor]]:
         """Yield the rows of each group of heads, and those of `heads` `[1, Hq or Hkv, ...]` that belong to them."""

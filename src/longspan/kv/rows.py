@@ -39,6 +39,11 @@ class Learned:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (*self.rows.values(), *self.whole.values()))
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is known of one row of one head."""
+        return sum(tensor[0, 0].nbytes for tensor in self.rows.values() if tensor.numel())
+
     def kept(self, index: Tensor, held: int) -> Learned:
         """Return what is known of the rows `[Hkv, n]` in `index`, of `held` rows; what was not learned counts 0."""
         rows = {}
@@ -58,7 +63,7 @@ class KeptRows:
         self.pages = PagedKV(pool, None, budget)
         self.rotary = rotary
         self.learned = self._lasting = Learned()
-        self._kept = torch.empty(pool.kv_heads, 0, dtype=torch.int64, device=pool.device)
+        self._kept = torch.empty(pool.kv_heads, 0, dtype=torch.int32, device=pool.device)  # contexts end before 2^31
         self._evicted_at = 0
         self.committed = 0
         """Rows held at the last commit."""
@@ -91,7 +96,7 @@ class KeptRows:
         stop = self.held if stop is None else stop
         split = self._kept.shape[1]
         newer = torch.arange(max(start, split), max(stop, split), device=self._kept.device) + self.evicted
-        return torch.cat([self._kept[:, start:stop], newer.expand(self._kept.shape[0], -1)], 1)
+        return torch.cat([self._kept[:, start:stop].long(), newer.expand(self._kept.shape[0], -1)], 1)
 
     def keys_as_read(self, stop: int, own: bool) -> Tensor:
         """Return the keys `[1, Hkv, stop, D]` of the first rows, rotated to where they are read.
@@ -181,7 +186,7 @@ class KeptRows:
         length = self.length
         with Undisturbed():
             self.pages.replace(start, k, v)
-            self._kept, self._evicted_at, self.learned = positions, length, learned
+            self._kept, self._evicted_at, self.learned = positions.int(), length, learned
             self._forget(start)
             self.commit()
 
@@ -226,7 +231,7 @@ class KeptRows:
         if not (ascending and known and kept.shape[1] <= evicted_at <= length and 0 <= seen <= length):
             raise _unfit()
         self.pages.restore(prefix, held, dict(tensors))
-        self._kept, self._evicted_at = kept.to(self._kept.device), evicted_at
+        self._kept, self._evicted_at = kept.to(self._kept), evicted_at
         self.learned, self._lasting, self.committed = learned, learned, held
         self._forget(0)
 
@@ -252,7 +257,7 @@ class KeptRows:
         keys, split = self.pages.keys(start, stop), min(max(self._kept.shape[1], start), stop)
         if not own or start == split:
             return self.rotary.range(keys, start + (self.evicted if own else 0))
-        old = self.rotary(keys[:, :, : split - start], self._kept[:, start:split])
+        old = self.rotary(keys[:, :, : split - start], self._kept[:, start:split].long())
         return torch.cat([old, self.rotary.range(keys[:, :, split - start :], split + self.evicted)], 2)
 
 

@@ -1,0 +1,159 @@
+"""Greedy answers from several contexts at once: one forward pass a token for all of them.
+
+The next tokens of all contexts go through the layers side by side, as if they were one text; only attention keeps them
+apart. Where an answer reads every row that is held, the rows of all contexts are stacked once, padded in front, and
+each layer attends in one call. Elsewhere each context's own reader attends to its token. It does not know questions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.engine.kv_context import KVContext
+from longspan.hf.attention import Reader
+from longspan.hf.model import CausalModel
+from longspan.kernels.partial_attention import partial_attention
+from longspan.kv.rotary import Rotary
+
+
+def continued(
+    model: CausalModel,
+    contexts: Sequence[KVContext],
+    first: Sequence[int],
+    most: int,
+    done: Callable[[int, list[int]], bool],
+) -> list[list[int]]:
+    """Return what the model writes after each context, greedily.
+
+    Args:
+        model: that read them.
+        contexts: after their questions; nothing is added to them.
+        first: the first token of each.
+        most: tokens of the longest.
+        done: told a context's number and what was written; whether that is all. It is asked once after each token, and
+            never again once it was.
+
+    Returns:
+        The tokens of each, those that ended it among them.
+    """
+    written = [[token] for token in first]
+    going = {i for i, tokens in enumerate(written) if not done(i, tokens)}
+    if model.state_spec:
+        for i in going:
+            _alone(contexts[i], written[i], most, functools.partial(done, i))
+        return written
+    reader = _reader(model, contexts, most)
+    try:
+        for _ in range(most - 1):
+            if not going:
+                break
+            logits = model.forward([tokens[-1] for tokens in written], reader, logits=len(contexts))
+            assert logits is not None, "logits were asked for"
+            for i, token in enumerate(logits.argmax(-1).tolist()):
+                if i in going:
+                    written[i].append(token)
+                    if done(i, written[i]):
+                        going.discard(i)
+    finally:
+        for context in contexts:
+            context.truncate(context.length)
+    return written
+
+
+def _alone(context: KVContext, written: list[int], most: int, done: Callable[[list[int]], bool]) -> None:
+    """Write on after one context, whose layers carry a state that can't be stacked."""
+    before = context.length
+    while len(written) < most:
+        written.append(int(context.step(written[-1:]).argmax()))
+        if done(written):
+            break
+    context.truncate(before)
+
+
+def _reader(model: CausalModel, contexts: Sequence[KVContext], most: int) -> Reader:
+    longest = max(context.length for context in contexts) + most
+    if all(context.answers_by.reads_all for context in contexts) and longest <= model.dimensions.window:
+        layers = [_stacked([_rows(context, i) for context in contexts], most) for i in range(model.dimensions.layers)]
+        positions = torch.tensor([context.length for context in contexts], device=model.device)
+        return _Together(layers, positions, model.rotary)
+    return _Apart([context.answering() for context in contexts])
+
+
+@dataclass
+class _Apart:
+    """Every context's own reader, for its token."""
+
+    readers: list[Reader]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        parts = zip(self.readers, *(x.split(1, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([reader.attend(layer, *part, scale) for reader, *part in parts], 2)
+
+
+@dataclass
+class _Layer:
+    """The rows of all contexts in one layer: `[B, Hkv, N, D]`, and which of them are there, `[B, Hkv, N]`."""
+
+    k: Tensor
+    v: Tensor
+    there: Tensor
+    held: int
+    """Rows so far, padding included; the answer's follow."""
+
+
+@dataclass
+class _Together:
+    """All rows of all contexts, at the positions where an answer reads them."""
+
+    layers: list[_Layer]
+    positions: Tensor
+    rotary: Rotary | None
+    step: int = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        rows, batch = self.layers[layer], q.shape[2]
+        q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        if self.rotary is not None:
+            q, k = (self.rotary(x, self.positions + self.step) for x in (q, k))
+        rows.k[:, :, rows.held], rows.v[:, :, rows.held] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        rows.there[:, :, rows.held] = True
+        rows.held += 1
+        kv_heads = rows.k.shape[1]
+        # Each KV head of each context is a batch entry of its own, whose queries are the heads of its group.
+        queries = q[0].transpose(0, 1).reshape(batch * kv_heads, -1, 1, q.shape[3])
+        keys, values = (x[:, :, : rows.held].flatten(0, 1).unsqueeze(1) for x in (rows.k, rows.v))
+        mask = rows.there[:, :, : rows.held].flatten(0, 1)[:, None, None]
+        out = partial_attention(queries, keys, values, mask, scale=scale)[0]
+        if layer == len(self.layers) - 1:
+            self.step += 1
+        return out.reshape(1, batch, q.shape[1], -1).transpose(1, 2).to(v.dtype)
+
+
+def _rows(context: KVContext, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """Return each KV head's keys `[n, D]`, rotated to where the next token reads them, and values `[n, Dv]`."""
+    kept = context.answers_from
+    if kept is None:
+        kv = context.layers[layer]
+        return list(zip(kv.keys_at_own_positions(0, kv.length)[0], kv.values(0, kv.length)[0], strict=True))
+    groups = kept.layers[layer].groups
+    pairs = [(group.keys_as_read(group.held, True)[0], group.pages.values(0, group.held)[0]) for group in groups]
+    return [head for k, v in pairs for head in zip(k, v, strict=True)]
+
+
+def _stacked(contexts: list[list[tuple[Tensor, Tensor]]], room: int) -> _Layer:
+    """Stack the rows of each context's heads, padded in front, with room for so many more."""
+    most = max(k.shape[0] for heads in contexts for k, _ in heads)
+    (k, v), batch, heads = contexts[0][0], len(contexts), len(contexts[0])
+    keys = k.new_zeros(batch, heads, most + room, k.shape[1])
+    values = v.new_zeros(batch, heads, most + room, v.shape[1])
+    there = torch.zeros(batch, heads, most + room, dtype=torch.bool, device=k.device)
+    for b, each in enumerate(contexts):
+        for h, (k, v) in enumerate(each):
+            start = most - k.shape[0]
+            keys[b, h, start:most], values[b, h, start:most], there[b, h, start:most] = k, v, True
+    return _Layer(keys, values, there, most)
