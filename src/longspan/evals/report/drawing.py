@@ -1,0 +1,147 @@
+"""How pictures look, and how they become PNG files and SVG for a page.
+
+Colours are Okabe and Ito's ("Color Universal Design", 2008) without those that vanish on white or on black; markers and
+line styles tell series apart without colour. A picture in a page is SVG whose ink follows the reader's light or dark
+mode. It does not know what is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import SaveError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
+MARKERS = "osv^DPX"
+LINES = ("-", "--", ":", "-.")
+
+_INK = "#1f2124"
+"""What is drawn in it follows the reader's mode, in SVG."""
+_MODES = b"<style>svg{color:#1f2124}@media (prefers-color-scheme:dark){svg{color:#e6e6e6}}</style>"
+_PANEL = (5.4, 3.7)
+"""Inches: 518 pixels wide in a page, and still readable where a phone shows it at 360."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes, before it is drawn."""
+
+    title: str
+    alt: str
+    """What it shows, in words, for whoever does not see it."""
+    draw: Callable[[Axes], None]
+    legend: bool = True
+    """Whether its series need a legend."""
+
+
+def look(number: int) -> dict[str, Any]:
+    """Return the style of the series of that number, from 0, as matplotlib's `plot` and `errorbar` take it."""
+    again = number // len(COLOURS)
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        # One of a colour that comes again has another marker as well as another line.
+        "marker": MARKERS[(number + 3 * again) % len(MARKERS)],
+        "linestyle": LINES[again % len(LINES)],
+        "markersize": 5,
+        "linewidth": 1.5,
+    }
+
+
+def png(panels: Sequence[Panel], title: str, about: str, file: Path) -> None:
+    """Draw panels side by side, under one title, as a PNG.
+
+    Args:
+        panels: at least one.
+        title: of all.
+        about: one line under the title: model, device.
+        file: where the picture goes.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        SaveError: the file can't be written.
+    """
+    across = min(len(panels), 3) if len(panels) != 4 else 2
+    down = math.ceil(len(panels) / across)
+    with _figure(across, down) as figure:
+        axes = figure.subplots(down, across, squeeze=False)
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            _draw(axis, panel)
+        for axis in list(axes.flat)[len(panels) :]:
+            axis.set_axis_off()
+        _legend(figure, [axis for axis, panel in zip(axes.flat, panels, strict=False) if panel.legend], 2 * across)
+        figure.suptitle(f"{title}\n{about}", fontsize=11)
+        try:
+            figure.savefig(file, dpi=130)
+        except OSError as error:
+            raise SaveError(f"can't write {file}: {error.strerror or error}") from error
+
+
+def svg(panel: Panel) -> bytes:
+    """Draw one panel as SVG; the same panel gives the same bytes (UsageError: matplotlib is not installed)."""
+    with _figure(1, 1) as figure:
+        axis = figure.subplots()
+        _draw(axis, panel)
+        if panel.legend:
+            _legend(figure, [axis], 2)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    data = drawn.getvalue()
+    data = data[data.index(b"<svg") :].replace(_INK.encode(), b"currentColor")
+    head, _, rest = data.partition(b">")
+    return head + b">" + _MODES + rest
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    axis.set_title(panel.title, fontsize=10)
+    panel.draw(axis)
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], across: int) -> None:
+    """Name every series of several axes once, below them."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        longest = max(map(len, found))
+        columns = max(1, min(across, len(found), across * 34 // max(1, longest)))
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+        )
+
+
+@contextmanager
+def _figure(across: int, down: int) -> Iterator[Figure]:
+    """Yield an empty figure for so many panels, in our style; nobody else's style is touched."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UsageError("pictures need matplotlib: pip install 'longspan[eval]'") from error
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    style: Any = dict.fromkeys(ink, _INK) | {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "grid.color": "#8C8C8C",
+        "font.size": 9,
+        "svg.hashsalt": "longspan",
+        # Text stays text, which takes a tenth of the bytes that outlines do.
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(style):
+        # Without pyplot there is no window system and no global state: threads may draw.
+        from matplotlib.figure import Figure
+
+        width, height = _PANEL
+        yield Figure(figsize=(width * across, height * down + (0.5 if across * down > 1 else 0)), layout="constrained")
