@@ -33,8 +33,8 @@ def test_one_object_is_printed_and_a_second_run_asks_nothing(cli, haystack):
         and found["torch"]
         and found["command"]
     )
-    assert [Path(name).name for name in found["pictures"]] == ["ruler-streaming-window=64.png"]
-    assert Path(found["pictures"][0]).read_bytes()[:4] == b"\x89PNG"
+    assert [Path(name).name for name in found["files"]] == ["report.html", "ruler-length.png", "ruler-needles.png"]
+    assert Path(found["files"][1]).read_bytes()[:4] == b"\x89PNG"
     assert "[4/4] qa_2 1024: " in err and "tokens/s, about 0 s left" in err
     kept = Path("found/ruler.jsonl").read_bytes()
     code, again, err = cli("eval", "ruler", *SMALL, *haystack, "--out", "found", "--json")

@@ -6,7 +6,6 @@ It does not know the evals' own options: commands give it an eval and what its q
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longspan.cli import eval_options, output, work
+from longspan.cli import eval_options, eval_report, output, work
 from longspan.cli.eval_options import Shared
 from longspan.cli.progress import Progress
 from longspan.errors import Cancelled, UsageError
@@ -101,13 +100,12 @@ def run(
                 )
             done = rows.answered([*journal.entries, *elsewhere])
         result = tables.summary([done[each.key] for each in asked if each.key in done])
-        pictures = [] if given.out is None else _pictures(evaluation, result, Path(given.out))
+        files = [] if given.out is None else eval_report.end(Path(given.out), progress)
     if given.json:
-        output.write_json({**result, "pictures": pictures})
+        output.write_json({**result, "files": files})
         return
     _show(result["table"], evaluation)
-    for name in pictures:
-        output.say(f"picture: {name}")
+    eval_report.tell(files)
 
 
 def prose(given: Shared, progress: Progress) -> Sources:
@@ -191,17 +189,3 @@ def _show(lines: list[dict[str, Any]], evaluation: Eval) -> None:
     counted = output.counted(most, "question") if least == most else f"{least} to {most} questions"
     kind = "perplexities" if any("perplexity" in line for line in lines) else "scores in percent"
     output.say(f"{kind}, with 95 % intervals; {counted} of each task at each length")
-
-
-def _pictures(evaluation: Eval, result: dict[str, Any], folder: Path) -> list[str]:
-    """Draw the scores of each contender, and return the files."""
-    from longspan.evals.asking.picture import picture
-
-    found = []
-    lines = [line for line in result["table"] if "score" in line]
-    for who in dict.fromkeys(line["contender"] for line in lines):
-        file = folder / (f"{evaluation.name}-" + re.sub(r"[^\w.=]+", "-", who) + ".png")
-        told = f"{Path(str(result['model'])).name}, {who}, {result['device']}"
-        picture([line for line in lines if line["contender"] == who], evaluation.name, told, file)
-        found.append(str(file))
-    return found

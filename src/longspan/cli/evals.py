@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli import eval_compress, eval_facts, eval_options, eval_tasks, options, output, work
+from longspan.cli import eval_compress, eval_facts, eval_options, eval_report, eval_tasks, options, output, work
 from longspan.cli.progress import Progress
 from longspan.errors import UsageError
 from longspan.lengths import lengths_of
@@ -35,6 +35,7 @@ def add_to(app: typer.Typer) -> None:
     evals.command("facts", epilog=f"Example: {eval_facts.EXAMPLE}")(eval_facts.facts)
     for name, (command, example) in eval_tasks.COMMANDS.items():
         evals.command(name, epilog=f"Example: {example}")(eval_options.shared(command))
+    evals.command("report", epilog=f"Example: {eval_report.EXAMPLE}")(eval_report.report)
     app.add_typer(evals, name="eval")
 
 

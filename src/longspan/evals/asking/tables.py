@@ -11,12 +11,10 @@ from typing import Any
 
 from longspan.evals.asking.rows import Row, contender, row_of
 from longspan.evals.journal import Entry, merged
-from longspan.evals.questions.scoring import Interval, averaged, wilson
+from longspan.evals.statistics import Interval, averaged, interval
 
 AVERAGE = "average"
 """Stands for all tasks in a table."""
-_Z = 1.959963984540054
-"""Of the normal distribution, for 95 %."""
 
 
 def summary(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -44,14 +42,14 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if group[0].scoring == "probability":
             lines.append(_line(who, task, length, group, _perplexity(group)) | kept)
             continue
-        interval = wilson([row.score for row in group])
-        lines.append(_line(who, task, length, group, _percent(interval, group)) | kept)
-        parts.setdefault((who, length), []).append((interval, group))
+        mean = interval([row.score for row in group])
+        lines.append(_line(who, task, length, group, _percent(mean, group)) | kept)
+        parts.setdefault((who, length), []).append((mean, group))
     for (who, length), each in parts.items():
         if len(each) > 1:
             every = [row for _, group in each for row in group]
             # Each task counts once, whichever has more questions.
-            mean = averaged([interval for interval, _ in each])
+            mean = averaged([part for part, _ in each])
             chance = sum(sum(row.chance for row in group) / len(group) for _, group in each) / len(each)
             lines.append(_line(who, AVERAGE, length, every, _percent(mean, every) | {"chance": round(100 * chance, 1)}))
     return lines
@@ -71,21 +69,19 @@ def _line(who: str, task: str, length: int, group: Sequence[Row], found: dict[st
     return {"contender": who, "task": task, "length": length, "questions": len(group), **found, "errors": errors}
 
 
-def _percent(interval: Interval, group: Sequence[Row]) -> dict[str, float]:
+def _percent(found: Interval, group: Sequence[Row]) -> dict[str, float]:
     chance = sum(row.chance for row in group) / len(group)
-    percent = {"score": interval.mean, "low": interval.low, "high": interval.high, "chance": chance}
+    percent = {"score": found.mean, "low": found.low, "high": found.high, "chance": chance}
     return {name: round(100 * value, 1) for name, value in percent.items()}
 
 
 def _perplexity(group: Sequence[Row]) -> dict[str, float]:
-    """Return the perplexity of texts together, with the interval of a normal mean of their likelihoods."""
+    """Return the perplexity of texts together, with its interval."""
     nlls = [row.measures["nll"] for row in group if not row.error]
     if not nlls:
         return {}
-    mean = sum(nlls) / len(nlls)
-    spread = math.sqrt(sum((nll - mean) ** 2 for nll in nlls) / max(1, len(nlls) - 1))
-    half = _Z * spread / math.sqrt(len(nlls))
-    ends = {"perplexity": mean, "low": mean - half, "high": mean + half}
+    found = interval(nlls, None, None)
+    ends = {"perplexity": found.mean, "low": found.low, "high": found.high}
     return {name: round(math.exp(value), 3) for name, value in ends.items()}
 
 

@@ -7,8 +7,10 @@ mode. It does not know what is drawn.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,11 @@ _INK = "#1f2124"
 _MODES = b"<style>svg{color:#1f2124}@media (prefers-color-scheme:dark){svg{color:#e6e6e6}}</style>"
 _PANEL = (5.4, 3.7)
 """Inches: 518 pixels wide in a page, and still readable where a phone shows it at 360."""
+
+
+def available() -> bool:
+    """Return whether pictures can be drawn here."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,26 @@ def png(panels: Sequence[Panel], title: str, about: str, file: Path) -> None:
             axis.set_axis_off()
         _legend(figure, [axis for axis, panel in zip(axes.flat, panels, strict=False) if panel.legend], 2 * across)
         figure.suptitle(f"{title}\n{about}", fontsize=11)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=130)
+    put(file, drawn.getvalue())
+
+
+def put(file: Path, data: bytes) -> None:
+    """Write a file as a whole or not at all: parts of one run may end, and report, at the same time.
+
+    Raises:
+        SaveError: it can't be written.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
         try:
-            figure.savefig(file, dpi=130)
-        except OSError as error:
-            raise SaveError(f"can't write {file}: {error.strerror or error}") from error
+            part.write_bytes(data)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"can't write {file}: {error.strerror or error}") from error
 
 
 def svg(panel: Panel) -> bytes:

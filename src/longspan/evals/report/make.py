@@ -17,12 +17,13 @@ from longspan.errors import SaveError, UsageError
 from longspan.evals.journal import Entry, merged
 from longspan.evals.report import sections
 from longspan.evals.report.asides import Aside, asides
-from longspan.evals.report.drawing import Panel, png, svg
+from longspan.evals.report.drawing import Panel, available, png, put, svg
 from longspan.evals.report.page import Fold, Part, Picture, Section, Table, Value, page
 from longspan.evals.report.samples import samples
 from longspan.evals.report.scores import Scores
 
 PAGE = "report.html"
+NO_PICTURES = "Pictures need matplotlib: pip install 'longspan[eval]'"
 
 _MOST_PANELS = 24
 """Pictures of one kind in a page: beyond them the tables tell the rest."""
@@ -72,11 +73,14 @@ def make(entries: Sequence[Entry]) -> Report:
     if failed := sum(bool(sample.reason) for sample in found):
         notes.append(f"{failed:,} of {len(found):,} questions got no answer and count as wrong: see why below.")
     about = merged(entries)
-    return Report(scores, others, {k: v for k, v in about.items() if k not in ("rows", "runs")}, notes)
+    told = {name: value for name, value in about.items() if isinstance(value, str | int | float)}
+    return Report(scores, others, told, notes)
 
 
 def write(report: Report, folder: Path, tell: Callable[[str], None] = lambda _: None) -> list[Path]:
     """Write page and pictures into a folder, which is made if need be, and return the files, the page first.
+
+    Without matplotlib the page has its tables alone, and says so.
 
     Args:
         report: from `make`.
@@ -85,7 +89,6 @@ def write(report: Report, folder: Path, tell: Callable[[str], None] = lambda _: 
 
     Raises:
         SaveError: a file can't be written.
-        UsageError: matplotlib is not installed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,16 +102,12 @@ def write(report: Report, folder: Path, tell: Callable[[str], None] = lambda _: 
         files += drawn
     for aside in report.asides:
         tell(f"drawing {aside.eval}")
-        file = aside.draw(folder)
-        files.append(file)
-        shown.append(_beside(aside, file))
-    text = page("What the model forgets", _asked(report), _facts(report.environment), report.notes, shown)
-    target = folder / PAGE
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SaveError(f"can't write {target}: {error.strerror or error}") from error
-    return [target, *files]
+        shown.append(_beside(aside, drawn := [aside.draw(folder)] if available() else []))
+        files += drawn
+    notes = [*report.notes, *([] if available() else [NO_PICTURES])]
+    text = page("What the model forgets", _asked(report), _facts(report.environment), notes, shown)
+    put(folder / PAGE, text.encode("utf-8"))
+    return [folder / PAGE, *files]
 
 
 def _section(scores: Scores, report: Report, folder: Path) -> tuple[Section, list[Path]]:
@@ -117,7 +116,7 @@ def _section(scores: Scores, report: Report, folder: Path) -> tuple[Section, lis
     files: list[Path] = []
 
     def drawn(heading: str, name: str, panels: Sequence[Panel]) -> list[Picture]:
-        if not panels:
+        if not panels or not available():
             return []
         kept = panels[:_MOST_PANELS]
         file = folder / f"{scores.eval}-{name}.png"
@@ -155,11 +154,12 @@ def _details(scores: Scores) -> list[tuple[str, Table | None]]:
     return [("Bytes kept", sections.kept(scores)), ("Answers that scored least", sections.worst(scores))]
 
 
-def _beside(aside: Aside, file: Path) -> Section:
+def _beside(aside: Aside, files: Sequence[Path]) -> Section:
     rows = [(line[0], [Value(text) for text in line[1:]]) for line in aside.lines]
     table = Table(f"longspan eval {aside.eval}", [title.lstrip(">") for title in aside.columns], rows)
     alt = f"Picture of longspan eval {aside.eval}: the figures are those of the table."
-    return Section(aside.name, aside.about, [table, [Picture(file.read_bytes(), "png", alt)]])
+    pictures = [Picture(file.read_bytes(), "png", alt) for file in files]
+    return Section(aside.name, aside.about, [table, *([pictures] if pictures else [])])
 
 
 def _asked(report: Report) -> str:

@@ -61,11 +61,13 @@ def _printed(file: Path) -> list[Entry]:
     except ValueError:
         found = None  # also of bytes that are no UTF-8
     try:
-        rows, about = found["rows"], {key: value for key, value in found.items() if key != "rows"}
-        runs = found.get("runs")
-        return [
-            Entry({k: v for k, v in row.items() if k != "run"}, about if runs is None else runs[row["run"]])
-            for row in rows
-        ]
+        about = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
+        return [Entry(row, _run_of(row, found.get("runs", [])) or about) for row in found["rows"]]
     except (TypeError, KeyError, IndexError, AttributeError):
         raise UsageError(f"{file} is no result of an eval: give what its --json printed, or its journal") from None
+
+
+def _run_of(row: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the environment of a row's run, which it names or counts; None: it does neither."""
+    named = row.get("run")
+    return runs[named] if isinstance(named, int) else next((run for run in runs if run.get("run") == named), None)

@@ -1,18 +1,19 @@
 """Samples: one question's outcome, whichever eval asked it.
 
-Every eval that scores single questions has a reader here, which knows its rows by their fields. Rows of the same
+Every form of rows that score single questions has a reader here, which knows them by their fields. Rows of the same
 question, asked of the same model in the same way, are one sample: of several the first counts. It does not know means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longspan import specs
 from longspan.errors import UsageError
+from longspan.evals.asking import rows
 from longspan.evals.journal import Entry
 
 
@@ -72,7 +73,7 @@ def samples(entries: Iterable[Entry]) -> tuple[list[Sample], list[Entry]]:
     """Return the samples in rows, each question once, and the rows that are no single question's.
 
     Raises:
-        UsageError: a row of an eval that is known lacks what it must have.
+        UsageError: a row of a form that is known lacks what it must have.
     """
     found: dict[Hashable, Sample] = {}
     others: list[Entry] = []
@@ -80,7 +81,9 @@ def samples(entries: Iterable[Entry]) -> tuple[list[Sample], list[Entry]]:
         for fields, reader in _READERS:
             if fields <= entry.row.keys():
                 try:
-                    sample = reader(entry.row, entry.environment)
+                    sample = reader(entry)
+                except UsageError:
+                    raise
                 except (TypeError, ValueError, KeyError, IndexError) as error:
                     raise UsageError(f"a row can't be read ({error}): {str(entry.row)[:80]}") from error
                 found.setdefault(sample.key, sample)
@@ -109,34 +112,59 @@ def names(every: Sequence[Sample]) -> dict[Asked, str]:
     return found
 
 
-def _ruler(row: dict[str, Any], about: dict[str, Any]) -> Sample:
-    """Read a question's row as `evals/ruler/rows.py` writes it."""
+def _generated(entry: Entry) -> Sample:
+    """Read a row of an eval of generated questions (`evals/asking/rows.py`)."""
+    row = rows.row_of(entry)
+    depth = row.parameters.get("depth", row.depths[0] if len(row.depths) == 1 else None)
+    family = replace(row, mechanism=_unnumbered(row.mechanism), budget="")
+    return Sample(
+        eval=row.eval,
+        task=row.task,
+        length=row.length,
+        question=(row.questions, row.seed, row.question),
+        asked=Asked(
+            Path(row.model).name, row.fingerprint, row.dtype, rows.contender(row) or "auto", rows.contender(family)
+        ),
+        score=row.score,
+        nll=row.measures.get("nll"),
+        chance=row.chance,
+        depth=float(depth) if isinstance(depth, int | float) else None,
+        kept_bytes=row.kept_bytes,
+        reason=row.error,
+        answer=row.answer,
+        wanted=", ".join(map(str, row.wanted)),
+    )
+
+
+def _ruler(entry: Entry) -> Sample:
+    """Read a row of RULER as it was before evals shared one form."""
+    row = entry.row
     given = {"prefill": row["prefill"], "kv": str(row["kv"]).removeprefix("auto"), "kv-budget": row["kv_budget"] or ""}
     told = [f"{name} {value}" for name, value in given.items() if value]
-    how, family = (" ".join([spec, *told]) for spec in (row["attention"], _unnumbered(row["attention"])))
-    depths = row["depths"]
+    how, family = (", ".join([spec, *told]) for spec in (row["attention"], _unnumbered(row["attention"])))
     return Sample(
         eval="ruler",
         task=row["task"],
         length=int(row["length"]),
         question=(row["questions"], row["seed"], row["question"]),
-        asked=Asked(_model(about), row["fingerprint"], row["dtype"], how, family),
+        asked=Asked(_model(entry), row["fingerprint"], row["dtype"], how, family),
         score=float(row["score"]),
-        depth=float(depths[0]) if len(depths) == 1 else None,
+        depth=float(row["depths"][0]) if len(row["depths"]) == 1 else None,
         kept_bytes=int(row["kept_bytes"]),
         answer=str(row["answer"]),
         wanted=", ".join(map(str, row["wanted"])),
     )
 
 
-def _needle(row: dict[str, Any], about: dict[str, Any]) -> Sample:
-    """Read a question's row as `evals/needle_rows.py` writes it."""
+def _needle(entry: Entry) -> Sample:
+    """Read a row of needles in one haystack (`evals/needle_rows.py`)."""
+    row = entry.row
     return Sample(
         eval="needle",
         task=row["kind"],
         length=int(row["requested"]),
         question=(row["haystack"], row["question"]),
-        asked=Asked(_model(about), row["fingerprint"], row["dtype"], row["mechanism"], _unnumbered(row["mechanism"])),
+        asked=Asked(_model(entry), row["fingerprint"], row["dtype"], row["mechanism"], _unnumbered(row["mechanism"])),
         score=float(row["right"]),
         # Two facts lie at two depths, of which the row has the first.
         depth=float(row["depth"]) if row["kind"] != "twofact" else None,
@@ -145,8 +173,8 @@ def _needle(row: dict[str, Any], about: dict[str, Any]) -> Sample:
     )
 
 
-def _model(about: dict[str, Any]) -> str:
-    return Path(str(about.get("model", "a model"))).name
+def _model(entry: Entry) -> str:
+    return Path(str(entry.environment.get("model", "a model"))).name
 
 
 def _unnumbered(spec: str) -> str:
@@ -163,8 +191,9 @@ def _number(text: str) -> bool:
     return True
 
 
-_READERS: tuple[tuple[frozenset[str], Callable[[dict[str, Any], dict[str, Any]], Sample]], ...] = (
+_READERS: tuple[tuple[frozenset[str], Callable[[Entry], Sample]], ...] = (
+    (frozenset({"eval", "task", "setup", "questions", "scoring"}), _generated),
     (frozenset({"questions", "task", "length", "seed", "question", "score", "attention"}), _ruler),
     (frozenset({"mechanism", "kind", "requested", "haystack", "question", "right"}), _needle),
 )
-"""Fields by which an eval's row is known, and its reader."""
+"""Fields by which a form of rows is known, and its reader."""

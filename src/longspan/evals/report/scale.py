@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longspan.evals.report.statistics import Interval, interval
+from longspan.evals.statistics import Interval, interval
 
 
 def _same(value: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from longspan.evals.report.samples import Asked, Sample, names
 from longspan.evals.report.scale import PERCENT, PERPLEXITY
-from longspan.evals.report.statistics import Interval, averaged
+from longspan.evals.statistics import Interval, averaged
 
 AVERAGE = "average"
 """Stands for all tasks."""
