@@ -163,13 +163,14 @@ def test_scores_and_intervals_are_drawn_where_they_are(entry):
 
 def test_maps_have_a_cell_a_depth_and_length(entry):
     rows = [
-        entry(float(depth != 0.5), i, length=length, parameters={"depth": depth}, task=f"depth_{depth}", eval="needle")
+        entry(float(depth != 0.5), i, length=length, parameters={"depth": depth, "kind": kind}, task=f"{kind}_{depth}")
+        for kind in ("single", "multikey")
         for length in (1024, 2048)
         for depth in (0.0, 0.5, 1.0)
         for i in range(2)
     ]
-    (panel,) = heat.maps(Scores("needle", samples(rows)[0]))
-    assert panel.title == "dense", "depths are the rows of one map, not maps of their own"
+    panel, other = heat.maps(Scores("needle", samples(rows)[0]))
+    assert (panel.title, other.title) == ("single, dense", "multikey, dense"), "depths are the rows of a map"
     assert "1K: 0 % 100, 50 % 0, 100 % 100; 2K: 0 % 100" in panel.alt
     many = [entry(1.0, i, depths=[i / 40], task="niah") for i in range(40)]
     (panel,) = heat.maps(Scores("ruler", samples(many)[0]))

@@ -55,7 +55,7 @@ def test_rows_of_earlier_forms_are_read():
     assert (ruler.eval, ruler.task, ruler.length, ruler.depth, ruler.score) == ("ruler", "niah_single_1", 4096, 0.25, 1)
     assert ruler.asked == ("b.gguf", "f", "float32", "snapkv:budget=512, kv int4", "snapkv, kv int4")
     assert ruler.wanted == "7, 8" and ruler.kept_bytes == 5
-    assert (needle.eval, needle.task, needle.length, needle.depth, needle.score) == ("needle", "single", 8192, 0.5, 1)
+    assert (needle.eval, needle.task, needle.length, needle.depth, needle.score) == ("facts", "single", 8192, 0.5, 1)
     assert needle.asked.how == "quest:who=model,budget=64" and needle.asked.family == "quest:who=model"
 
 

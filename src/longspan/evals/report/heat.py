@@ -41,26 +41,24 @@ class _Axes:
 def maps(scores: Scores) -> list[Panel]:
     """Return the maps of an eval: of tasks whose questions have one needle each, for whoever was asked.
 
-    Where all were asked the same of these tasks, a map is of them together; else each task has maps of its own.
+    Tasks that differ in depth alone make one map a kind. Other tasks make one map together where all were asked the
+    same of them; else each has maps of its own.
     """
-    found: dict[Asked, dict[str, list[Sample]]] = {}
+    found: dict[str, dict[Asked, dict[str, list[Sample]]]] = {}
     for sample in scores.samples:
         if sample.depth is not None:
-            found.setdefault(sample.asked, {}).setdefault(sample.task, []).append(sample)
-    every = dict.fromkeys(task for tasks in found.values() for task in tasks)
-    if all(tasks.keys() == every.keys() for tasks in found.values()):
-        groups = [list(every)] if every else []
-    else:
-        groups = [[task] for task in every]
+            own = found.setdefault(sample.kind, {}).setdefault(sample.asked, {})
+            own.setdefault(sample.kind or sample.task, []).append(sample)
     panels = []
-    for group in groups:
-        own = {who: [s for task in group for s in tasks.get(task, ())] for who, tasks in found.items()}
-        shared = _shared([samples for samples in own.values() if samples])
-        named = len(every) > len(group) or len(scores.tasks) > len(every)
-        title = f"{len(group)} tasks" if len(group) > 1 else group[0]
-        for who in (who for who in scores.names if own.get(who)):
-            name = scores.names[who] if not named else f"{title}, {scores.names[who]}"
-            panels.append(_map(name, own[who], shared))
+    for kind, asked in found.items():
+        every = list(dict.fromkeys(task for tasks in asked.values() for task in tasks))
+        together = kind or all(len(tasks) == len(every) for tasks in asked.values())
+        for group in [every] if together else [[task] for task in every]:
+            own_samples = {who: [s for task in group for s in tasks.get(task, ())] for who, tasks in asked.items()}
+            axes = _shared([samples for samples in own_samples.values() if samples])
+            title = f"{len(group)} tasks" if len(group) > 1 else group[0]
+            for who in (who for who in scores.names if own_samples.get(who)):
+                panels.append(_map(f"{title}, {scores.names[who]}", own_samples[who], axes))
     return panels
 
 

@@ -46,6 +46,8 @@ class Sample:
     """Where a text's probability was measured: the mean negative log-likelihood of its tokens, natural logarithm."""
     chance: float = 0.0
     """The mean score of whoever guesses; 0: unknown, or none."""
+    kind: str = ""
+    """Of tasks that differ in depth alone: what they have in common; empty: a task is not one depth of several."""
     depth: float | None = None
     """Where the only needle lies, from 0 to 1; None: there is none, or several."""
     kept_bytes: int = 0
@@ -115,7 +117,8 @@ def names(every: Sequence[Sample]) -> dict[Asked, str]:
 def _generated(entry: Entry) -> Sample:
     """Read a row of an eval of generated questions (`evals/asking/rows.py`)."""
     row = rows.row_of(entry)
-    depth = row.parameters.get("depth", row.depths[0] if len(row.depths) == 1 else None)
+    wanted = row.parameters.get("depth")
+    depth = row.depths[0] if wanted is None and len(row.depths) == 1 else wanted
     family = replace(row, mechanism=_unnumbered(row.mechanism), budget="")
     return Sample(
         eval=row.eval,
@@ -128,6 +131,7 @@ def _generated(entry: Entry) -> Sample:
         score=row.score,
         nll=row.measures.get("nll"),
         chance=row.chance,
+        kind=str(row.parameters.get("kind", "")) if wanted is not None else "",
         depth=float(depth) if isinstance(depth, int | float) else None,
         kept_bytes=row.kept_bytes,
         reason=row.error,
@@ -157,10 +161,10 @@ def _ruler(entry: Entry) -> Sample:
 
 
 def _needle(entry: Entry) -> Sample:
-    """Read a row of needles in one haystack (`evals/needle_rows.py`)."""
+    """Read a row of facts that are asked in sessions (`evals/needle_rows.py`)."""
     row = entry.row
     return Sample(
-        eval="needle",
+        eval="facts",
         task=row["kind"],
         length=int(row["requested"]),
         question=(row["haystack"], row["question"]),

@@ -16,7 +16,16 @@ from longspan.evals.report.samples import Asked, Sample
 from longspan.evals.report.scale import PERCENT, number
 from longspan.evals.report.scores import AVERAGE, Cell, Scores
 
-TITLES = {"ruler": "RULER", "needle": "Needles in a haystack"}
+TITLES = {
+    "facts": "Facts in a haystack",
+    "mrcr": "MRCR",
+    "needle": "Needle in a haystack",
+    "nolima": "NoLiMa",
+    "passkey": "Passkey",
+    "perplexity": "Perplexity by position",
+    "rot": "Context rot",
+    "ruler": "RULER",
+}
 """Of an eval, where its name alone would not do."""
 
 _CURVES = 8
@@ -128,7 +137,8 @@ def lengths(scores: Scores) -> list[Panel]:
 
 def single_tasks(scores: Scores) -> list[Panel]:
     """Return a picture a task, where the main ones do not tell them apart."""
-    if scores.whole != AVERAGE or (len(scores.names) == 1 and len(scores.tasks) <= _CURVES):
+    depths = all(sample.kind for sample in scores.samples)  # the maps tell these apart
+    if depths or scores.whole != AVERAGE or (len(scores.names) == 1 and len(scores.tasks) <= _CURVES):
         return []
     return [by_length(scores, task) for task in scores.tasks]
 
