@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from longspan.kernels.partial_attention import cpu, merge_partials, partial_attention, reference
+from longspan.kernels.partial_attention import cpu, cuda, merge_partials, partial_attention, reference
 
 SIZES = [(1, 1), (1, 63), (7, 5), (64, 65), (65, 130)]
 
@@ -191,3 +191,119 @@ def test_nan_in_a_part_that_weighs_something_shows():
     assert torch.equal(out.isnan().any(-1), torch.tensor([False, True, False]))
     lses[0, 2] = float("nan")
     assert merge_partials(outs, lses)[0].isnan().any(-1).tolist() == [False, True, True]
+
+
+# --- fused kernels on a GPU -------------------------------------------------------------------------------------------
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+FUSED = [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
+"""Types of keys and values, and how far rounding queries and results to them may move an output."""
+
+
+def gpu_inputs(queries, keys, group, dtype, dim, batch=2):
+    q, k, v = (x.cuda() for x in inputs(queries, keys, group, dim=dim, value_dim=dim, batch=batch))
+    return q, k.to(dtype), v.to(dtype)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype,tolerance", FUSED)
+@pytest.mark.parametrize("group", [1, 3, 16])
+@pytest.mark.parametrize("queries,keys", [(70, 1), (65, 63), (129, 65), (300, 1030)])
+@pytest.mark.parametrize("dim,batch", [(64, 1), (64, 2), (128, 1), (8, 2)])
+def test_the_fused_kernels_equal_the_reference(dtype, tolerance, group, queries, keys, dim, batch):
+    q, k, v = gpu_inputs(queries, keys, group, dtype, dim, batch)
+    with torch.inference_mode():
+        assert cuda.serves(q, k, v), "this test would compare the reference with itself"
+        for mask in (None, *(mask.cuda() for mask in masks(queries, keys, 2 * group, batch))):
+            expected = reference.partial_attention(q, k, v, mask, scale=dim**-0.5)
+            found = cuda.partial_attention(q, k, v, mask, scale=dim**-0.5)
+            assert [x.dtype for x in found] == [torch.float32] * 2
+            close(found, expected, tolerance)
+            close(partial_attention(q, k, v, mask, scale=dim**-0.5), expected, tolerance)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype,tolerance", FUSED)
+def test_the_fused_kernels_attend_causally_in_tiles(dtype, tolerance):
+    """Whole blocks of a row are masked first: a running maximum must bear that."""
+    q, k, v = gpu_inputs(512, 2048, 3, dtype, 64, 1)
+    row, column = torch.arange(512, device="cuda")[:, None], torch.arange(2048, device="cuda")
+    with torch.inference_mode():
+        for mask in (column <= row + 1536, column <= row, column >= 2000 - row):
+            expected = reference.partial_attention(q, k, v, mask, scale=0.125)
+            close(cuda.partial_attention(q, k, v, mask, scale=0.125), expected, tolerance)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype,tolerance", FUSED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_masked_changes_nothing_on_a_gpu(dtype, tolerance, bad):
+    q, k, v = gpu_inputs(70, 65, 3, dtype, 64)
+    mask = masks(70, 65, 6)[0].cuda()
+    mask[..., 10:20] = False
+    with torch.inference_mode():
+        clean = cuda.partial_attention(q, k, v, mask, scale=0.25)
+        assert clean[0].isfinite().all() and (clean[0][:, :, ::3] == 0).all()
+        assert (clean[1][:, :, ::3] == float("-inf")).all()
+        k[:, :, 10:20] = v[:, :, 10:20] = bad
+        close(cuda.partial_attention(q, k, v, mask, scale=0.25), clean, tolerance)
+
+
+@ON_GPU
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_that_is_attended_to_shows_on_a_gpu(masked):
+    q, k, v = gpu_inputs(70, 65, 3, torch.float32, 64)
+    v[0, 1, 12] = float("nan")
+    mask = None
+    if masked:
+        mask = torch.ones(70, 65, dtype=torch.bool, device="cuda")
+        mask[:4, 12] = False
+    with torch.inference_mode():
+        out, _ = cuda.partial_attention(q, k, v, mask, scale=0.25)
+    spoilt = torch.zeros(2, 6, 70, dtype=torch.bool)
+    spoilt[0, 3:, 4 if masked else 0 :] = True
+    assert torch.equal(out.isnan().any(-1).cpu(), spoilt)
+
+
+@ON_GPU
+def test_the_fused_kernels_write_no_scores():
+    q, k, v = gpu_inputs(2048, 65536, 3, torch.float32, 64, 1)
+    with torch.inference_mode():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        partial_attention(q, k, v, scale=0.125)
+        assert torch.cuda.max_memory_allocated() - before < 6 * 2048 * 65536, "scores would take 3.2 GB"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("dtype,tolerance", FUSED)
+def test_heads_masks_and_padding_are_laid_out_for_the_kernels(monkeypatch, batch, group, dtype, tolerance):
+    """The kernels themselves need a GPU; what they are given, and what is made of it, is the same with these."""
+
+    def efficient(q, k, v, bias, wants_lse, dropout, causal, *, scale):
+        assert wants_lse and not dropout and not causal and q.dtype == k.dtype == v.dtype == dtype
+        assert q.shape[:2] == k.shape[:2] == v.shape[:2] and q.stride(-1) == k.stride(-1) == 1
+        scores = q.float() @ k.float().transpose(-1, -2) * scale
+        if bias is not None:
+            assert bias.shape == scores.shape and bias.dtype == dtype and bias.stride(-1) == 1
+            assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+            scores = scores + bias
+        lse = torch.logsumexp(scores, -1)
+        padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), float("nan"))
+        padded[..., : lse.shape[2]] = lse
+        return (scores.softmax(-1) @ v.float()).to(dtype), padded, None, None
+
+    def flash(q, k, v, dropout, causal, *, scale):
+        assert dtype != torch.float32
+        out, lse, *_ = efficient(q, k, v, None, True, dropout, causal, scale=scale)
+        return out, lse[..., : q.shape[2]], None
+
+    monkeypatch.setattr(cuda, "_EFFICIENT", efficient)
+    monkeypatch.setattr(cuda, "_FLASH", flash)
+    q, k, v = inputs(33, 29, group, dim=16, value_dim=16, batch=batch)
+    k, v = k.to(dtype), v.to(dtype)
+    assert cuda._fits(q, k, v) and not cuda.serves(q, k, v), "not on a CPU"
+    for mask in (None, *masks(33, 29, 2 * group, batch)):
+        expected = reference.partial_attention(q, k, v, mask, scale=0.3)
+        close(cuda.partial_attention(q, k, v, mask, scale=0.3), expected, tolerance)

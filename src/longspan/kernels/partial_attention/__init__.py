@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longspan.kernels.partial_attention import cpu, reference
+from longspan.kernels.partial_attention import cpu, cuda, reference
 from longspan.kernels.partial_attention.reference import merge_partials
 
 __all__ = ["merge_partials", "partial_attention"]
@@ -16,4 +16,6 @@ def partial_attention(
     """Attend from q to one part of the keys with the fastest version that serves; see `reference.partial_attention`."""
     if cpu.serves(q, k, v):
         return cpu.partial_attention(q, k, v, mask, scale=scale)
+    if cuda.serves(q, k, v):
+        return cuda.partial_attention(q, k, v, mask, scale=scale)
     return reference.partial_attention(q, k, v, mask, scale=scale)
