@@ -161,7 +161,7 @@ def _measure(
     from longspan.evals.environment import environment
 
     about = environment(asked.device, "bench attention", sys.argv[3:]) | versions(asked.device)
-    about["command"] = f"longspan bench attention {shlex.join(sys.argv[3:])}"
+    about["command"] = f"longspan bench attention {shlex.join(_again(sys.argv[3:]))}"
     journal.begin(about)
     again = f"the same command goes on from {out}" if out else "nothing is kept without --out FOLDER"
     until = None if minutes is None else began + 60 * minutes
@@ -171,3 +171,13 @@ def _measure(
         raise Cancelled(f"stopped: {again}") from error
     if left:
         progress.say(f"stopped after {minutes:g} minutes without {', '.join(left)}: {again}")
+
+
+def _again(arguments: list[str]) -> list[str]:
+    """Return what measures the same elsewhere: the arguments without the folder that rows are kept in."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--out" and not argument.startswith("--out="):
+            kept.append(argument)
+        skip = argument == "--out"
+    return kept

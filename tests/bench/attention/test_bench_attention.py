@@ -156,6 +156,7 @@ def test_a_stopped_run_goes_on_and_files_are_merged(bench):
     rows = json.loads(out)["rows"]
     assert [row["what"] for row in rows] == ["decode"] * 2 + ["prefill"] * 2
     assert [row["run"] for row in rows] == [0, 0, 1, 1]
+    assert "found" not in json.loads(out)["command"] and "--lengths 256,512 --json" in json.loads(out)["command"]
     code, again, err = bench("--merge", "found/attention.jsonl", "--json")
     assert code == 0 and json.loads(again) == json.loads(out)
 

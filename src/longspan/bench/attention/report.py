@@ -115,10 +115,9 @@ def sentences(result: dict[str, Any]) -> list[str]:
     for line in result["scaling"]:
         parts = [] if line["exponent"] is None else [f"grows as n^{line['exponent']:.2f}"]
         if (faster := line.get("ours_faster_from")) is not None:
-            at = faster["length"]
-            parts.append(
-                f"ours is {faster['faster']} faster" if at is None else f"ours is faster from {at:,} tokens on"
-            )
+            at, found = faster["length"], {"always": "at every context measured", "never": "at no context measured"}
+            where = found[faster["faster"]] if at is None else f"from about {at:,} tokens on"
+            parts.append(f"ours is faster {where}")
         if parts:
             said.append(f"{line['what']}: {line['side']} {'; '.join(parts)}")
     if any(
