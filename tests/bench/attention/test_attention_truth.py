@@ -11,6 +11,7 @@ from longspan.attention import attend, parse
 from longspan.bench.attention import checks, floors, inputs, sides, truth
 from longspan.bench.timing import Peaks
 from longspan.errors import UsageError
+from longspan.kv.base import TensorKV
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -69,6 +70,18 @@ def test_a_near_tie_is_not_sure_and_an_exact_one_is():
     given.k[0, 0, second] = given.k[0, 0, first]
     tied = truth.chosen(mechanism, given, row)
     assert tied.sure and tied.anchors == max(first, second)
+
+
+@pytest.mark.parametrize("spec", ["superlinear", "superlinear:power=0.55,span_power=0.55,window=2032"])
+def test_the_newest_query_of_ten_million_tokens_chooses_the_same_spans(spec):
+    length, mechanism = 10 << 20, parse(spec)
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, length, 2, generator=generator)
+    given = inputs.Inputs(torch.randn(1, 1, 1, 2, generator=generator), k, k)
+    choice = truth.chosen(mechanism, given, truth.Row(0, 0))
+    _, lo, hi = mechanism.search(given.q.double(), TensorKV(k, k), length - 1)
+    assert choice.sure and choice.spans == tuple(zip(lo.flatten().tolist(), hi.flatten().tolist(), strict=True))
+    assert choice.candidates == len(mechanism.anchors(length - 1)) > 3000 and len(choice.near) == mechanism.whole_window
 
 
 def test_what_has_no_equation_here_is_refused():

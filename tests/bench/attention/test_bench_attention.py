@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longspan.attention.superlinear import Superlinear
+from longspan.bench import timing
 from longspan.bench.attention import report, sides
 from longspan.cli import run
 from longspan.evals import journal
@@ -33,6 +34,8 @@ def bench(tmp_path, monkeypatch, capfd):
     """Runs the command; gives exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(timing._MATMUL, "cpu", 64)
 
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["longspan", "bench", "attention", *arguments])

@@ -21,6 +21,7 @@ from longspan.attention import Mechanism
 from longspan.bench import timing
 from longspan.bench.attention import inputs, sides, truth
 from longspan.bench.attention.measure import WHATS, Measured, clean
+from longspan.bench.attention.report import duration
 from longspan.bench.timing import Peaks
 from longspan.errors import UsageError
 from longspan.evals.journal import Entry, Journal
@@ -151,11 +152,11 @@ def _row(
     measured = Measured(what, sets, device_peaks, asked.seed)
     for side in sides.of(asked.mechanism, asked.peers, asked.device):
         busy(f"{what} at {length:,}: checking {side.name}")
-        measured.prepare(side, must=isinstance(side, sides.Ours))
+        measured.prepare(side, must=side.name == sides.OURS)
     busy(f"{what} at {length:,}: timing")
     found = measured.time(asked.seconds)
     for name, figures in found.items():
-        shown = f"{figures['seconds'] * 1e6:,.1f} us" if "seconds" in figures else f"left out: {figures['skipped']}"
+        shown = duration(figures["seconds"]) if "seconds" in figures else f"left out: {figures['skipped']}"
         say(f"{what} at {length:,}: {name} {shown}")
     ours = found[sides.OURS]["seconds"]
     times = {name: figures["seconds"] for name, figures in found.items() if "seconds" in figures and name != sides.OURS}
