@@ -31,27 +31,27 @@ class Peaks:
     """Of a large square product in the number type that is measured."""
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that one call takes on its device."""
+def timed(call: Callable[[], object], device: torch.device, *, ahead: bool = False) -> float:
+    """Return the seconds that one call takes on its device.
+
+    Args:
+        call: what is timed.
+        device: where it computes.
+        ahead: on a GPU, call it once before it counts: the device then still works while the host begins the call that
+            counts, as it does in a model's next layer.
+    """
     if device.type != "cuda":
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead:
+        call()
     start.record()
     call()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
-
-
-def replayed(replay: Callable[[], None]) -> float:
-    """Return the seconds that one replay of a CUDA graph takes.
-
-    Another replay goes before it, so that the device still works while the host begins the one that counts.
-    """
-    replay()
-    return timed(replay, torch.device("cuda"))
 
 
 def in_turns(

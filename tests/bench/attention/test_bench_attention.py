@@ -1,7 +1,9 @@
 """`longspan bench attention` from its command line to its JSON, on a CPU with tiny contexts."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,12 +128,17 @@ def test_a_wrong_or_failing_peer_is_left_out_and_the_others_go_on(bench, monkeyp
     assert prefill["sdpa"] == {"skipped": "RuntimeError: no kernel image"} and prefill["longspan"]["seconds"] > 0
 
 
-def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "superlinear", None)
-    cuda = torch.device("cuda")
-    peer = sides.Published(Superlinear(window=2024))
-    assert "pip install --no-deps superlinear==0.1.0" in peer.missing(cuda, "decode")
-    assert "searches by keys" in sides.Published(Superlinear(sinks=4)).missing(cuda, "decode")
+def test_a_peer_says_why_it_is_not_measured(monkeypatch):
+    def given(length, queries, device):
+        return SimpleNamespace(q=SimpleNamespace(device=torch.device(device)), first=length - queries)
+
+    monkeypatch.setitem(sys.modules, "superlinear", None)
+    some = given(256, 64, "cuda")
+    assert "pip install --no-deps superlinear==0.1.0" in sides.Published(Superlinear()).missing("decode", some)
+    assert "searches by keys" in sides.Published(Superlinear(sinks=4)).missing("decode", some)
+    assert "CUDA only" in sides.Published(Superlinear()).missing("decode", given(256, 64, "cpu"))
+    assert "no causal mask" in sides.Cudnn().missing("backward", some)
+    assert sides.Cudnn().missing("backward", given(256, 256, "cuda")) is sides.Cudnn().missing("prefill", some) is None
 
 
 def test_options_in_the_words_of_the_published_package():

@@ -6,6 +6,7 @@ A side that can't be measured is left out and says why; a wrong one has no figur
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,8 @@ _ROWS = 32
 _MOST_TURNS = 60
 _DENSE_SECONDS = 1.0
 """Dense prefill gets fewer queries than the chunk has where it would take longer at the device's peak."""
+_SHORT = 0.05
+"""Seconds below which a call is timed behind another one, so that what the host takes to begin it does not count."""
 _FEWEST = 1024
 """Queries that fill a GPU still: 256 tiles of 128 rows for 32 heads."""
 
@@ -72,7 +75,7 @@ class Measured:
             WrongOutputError: its results are wrong, and it must be measured.
         """
         self._order.append(side.name)
-        reason = side.missing(self.device, self.what)
+        reason = side.missing(self.what, self.sets[0])
         if reason is None:
             try:
                 self._prepared[side.name] = self._by(side)
@@ -128,7 +131,7 @@ class Measured:
                     call()
 
         return _Prepared(
-            lambda: (timing.replayed(replay) if graph else timing.timed(every, self.device),),
+            lambda: (timing.timed(replay if graph else every, self.device, ahead=graph),),
             len(calls),
             self._figures(side, 1, found) | {"extra_bytes": extra, "graph": graph},
         )
@@ -142,10 +145,13 @@ class Measured:
             found = checks.outputs(side, given, call(), checks.rows_of(given.q.shape[1], queries, _ROWS, self.seed))
         figures = self._figures(side, queries, found)
 
+        last = math.inf
+
         def turn() -> Sequence[float]:
+            nonlocal last
             with torch.no_grad():
-                figures["extra_bytes"], seconds = _with_memory(call, self.device)
-            return (seconds,)
+                figures["extra_bytes"], last = _with_memory(call, self.device, ahead=last < _SHORT)
+            return (last,)
 
         return _Prepared(turn, queries / self.sets[0].q.shape[2], figures)
 
@@ -187,15 +193,20 @@ class Measured:
         }
 
 
-def _with_memory(call: Call, device: torch.device) -> tuple[int | None, float]:
-    """Return the bytes that a call takes beyond its inputs and output (None: the device does not tell), and seconds."""
+def _with_memory(call: Call, device: torch.device, *, ahead: bool = False) -> tuple[int | None, float]:
+    """Return the bytes that a call takes beyond inputs and output (None: the device does not tell), and its seconds."""
     if device.type != "cuda":
         return None, timing.timed(call, device)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     outs: list[torch.Tensor] = []
-    seconds = timing.timed(lambda: outs.append(call()), device)
+
+    def kept() -> None:
+        outs.clear()
+        outs.append(call())
+
+    seconds = timing.timed(kept, device, ahead=ahead)
     output = outs[0].numel() * outs[0].element_size()
     return int(torch.cuda.max_memory_allocated() - before - output), seconds
 

@@ -51,8 +51,8 @@ class Side(ABC):
     def tolerance(self, dtype: torch.dtype) -> float:
         """Return the greatest error of a row's output over its length that is no mistake."""
 
-    def missing(self, device: torch.device, what: str) -> str | None:
-        """Return why it can't be measured; None: it can."""
+    def missing(self, what: str, inputs: Inputs) -> str | None:
+        """Return why it can't be measured, with inputs such as these; None: it can."""
         return None
 
     @abstractmethod
@@ -135,9 +135,11 @@ class Cudnn(Sdpa):
 
     name = "sdpa-cudnn"
 
-    def missing(self, device: torch.device, what: str) -> str | None:
+    def missing(self, what: str, inputs: Inputs) -> str | None:
         """See `Side`."""
-        return "PyTorch gives cuDNN no causal mask for a chunk's gradients" if what == "backward" else None
+        if what == "backward" and inputs.first:
+            return "PyTorch gives cuDNN no causal mask for a chunk's gradients, only for a whole context's"
+        return None
 
     def decode(self, inputs: Inputs) -> Call:
         """See `Side`."""
@@ -173,9 +175,9 @@ class Published(Side):
         """See `Side`; it takes `n^span_power` in float32, so that a span may be a key longer than it should."""
         return _KEY
 
-    def missing(self, device: torch.device, what: str) -> str | None:
+    def missing(self, what: str, inputs: Inputs) -> str | None:
         """See `Side`."""
-        if device.type != "cuda":
+        if inputs.q.device.type != "cuda":
             return "its kernels run on CUDA only"
         if self.truth.summary != "key" or self.truth.sinks or self.truth.spans not in (2, 3):
             return "it searches by keys, without sinks, for 2 or 3 spans"
