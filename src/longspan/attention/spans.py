@@ -47,8 +47,9 @@ def attend_spans(
     per_head = (batch, kv_heads, group * count * spans)
     rows = rows.reshape(*per_head, dim)
     lo, hi = lo.reshape(per_head), hi.reshape(per_head)
-    if count > 1 and kernel.serves(rows):
-        # Decode reads few keys: it must not bring all of them together first.
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (rows, kv.keys(0, 0), kv.values(0, 0)))
+    if count > 1 and kernel.serves(rows) and not wanted:
+        # Decode reads few keys: it must not bring all of them together first. Gradients: `superlinear_gradients.py`.
         k, v = _keys(kv, 0, first + count), kv.values(0, first + count)
         out, lse = kernel.span_attention(rows, k, v, lo, hi, scale=scale)
         return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)

@@ -34,6 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longspan.attention import superlinear_gradients
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
 from longspan.attention.spans import attend_spans, disjoint
 from longspan.attention.window import attend_window
@@ -125,6 +126,13 @@ class Superlinear(Mechanism):
             min(anchor + math.ceil(self.forward * reach), t - self.whole_window),
         )
 
+    def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
+        """See `Mechanism.attend`; gradients are computed by kernels where these serve."""
+        hints = hints or Hints()
+        if superlinear_gradients.serves(self, q, kv, hints):
+            return superlinear_gradients.attend(self, q, kv, scale, hints)
+        return super().attend(q, kv, scale=scale, hints=hints)
+
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
         near, near_lse = self._near(q, kv, first, scale)
@@ -163,7 +171,12 @@ class Superlinear(Mechanism):
         return merge_partials(torch.stack([near[0], out[..., 0, :]]), torch.stack([near[1], lse[..., 0]]))
 
     def search(self, q: Tensor, kv: LayerKV, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Find the spans of every query of a tile.
+        """Find the spans of every query of a tile: `find` without the anchors."""
+        found = self.find(q, kv, first)
+        return None if found is None else found[:3]
+
+    def find(self, q: Tensor, kv: LayerKV, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Find the spans of every query of a tile, and their anchors.
 
         Args:
             q: unrotated routing queries `[B, Hq, T, D]` of the positions `first .. first + T - 1`.
@@ -171,8 +184,9 @@ class Superlinear(Mechanism):
             first: position of the first query.
 
         Returns:
-            `(scores, lo, hi)`, each `[B, Hq, T, S]`: search scores (-inf where there is no span), first and last key
-            of each span (lo > hi where there is none), best first. None where no query of the tile has an anchor.
+            `(scores, lo, hi, anchors)`, each `[B, Hq, T, S]`: search scores (-inf where there is no span), first and
+            last key of each span (lo > hi where there is none), anchors (0 where there is none), best first. None where
+            no query of the tile has an anchor.
         """
         batch, heads, count, _ = q.shape
         table = offsets(self.power, first + count)
@@ -192,7 +206,7 @@ class Superlinear(Mechanism):
         forward = torch.ceil(self.forward * reach).long().to(q.device)
         lo = (chosen - backward).clamp(min=0)
         hi = torch.minimum(chosen + forward, at.to(q.device) - self.whole_window)
-        return scores, lo, torch.where(scores == float("-inf"), lo - 1, hi)
+        return scores, lo, torch.where(scores == float("-inf"), lo - 1, hi), chosen.clamp(min=0)
 
     def _scores(self, q: Tensor, kv: LayerKV, anchors: Tensor) -> Tensor:
         """Return the search scores `[B, Hq, T, M]` of anchors `[T, M]`."""

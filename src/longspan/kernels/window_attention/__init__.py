@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.kernels.window_attention import reference
 
-__all__ = ["serves", "window_attention"]
+__all__ = ["serves", "window_attention", "window_attention_backward"]
 
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -28,3 +28,19 @@ def window_attention(
 
         return triton_kernels.window_attention(q, k, v, window=window, scale=scale, out_dtype=out_dtype)
     return reference.window_attention(q, k, v, window=window, scale=scale, out_dtype=out_dtype)
+
+
+def window_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, do: Tensor, *, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients by the fastest version that serves; see `reference.window_attention_backward`.
+
+    A window is a span of every query: the kernels of span attention serve.
+    """
+    if serves(q, v):
+        from longspan.kernels.span_attention import triton_backward
+
+        at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device).view(1, 1, -1, 1).expand(*lse.shape, 1)
+        spans = ((at - window + 1).clamp(min=0), at, lse.unsqueeze(-1), delta.unsqueeze(-1))
+        return triton_backward.span_attention_backward(q, k, v, *spans, do, scale=scale)
+    return reference.window_attention_backward(q, k, v, lse, delta, do, window=window, scale=scale)
