@@ -64,5 +64,9 @@ class SaveError(SessionError, OSError):
         return str(self.args[0]) if self.args else ""
 
 
+class EndpointError(LongspanError):
+    """An endpoint that can't be reached, refuses what is asked of it, or keeps failing."""
+
+
 class Cancelled(LongspanError):
     """The user stopped the work (Ctrl-C); what had been read so far is kept in the session."""

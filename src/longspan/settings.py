@@ -7,6 +7,7 @@
 | `LONGSPAN_MODEL` | model used where none is named | `smollm2` |
 | `LONGSPAN_THREADS` | CPU threads for torch: one fewer where other work keeps a core busy | torch's own choice |
 | `GOMP_SPINCOUNT` | how long an idle thread of torch's OpenMP spins before it sleeps; set unless you set it | `10000` |
+| `LONGSPAN_API_KEY` | key of an endpoint that an eval asks; another variable with `--api-key-env` | unset |
 | `LONGSPAN_DEBUG` | `1`: the command line shows a traceback where it would say `internal error` | unset |
 """
 
@@ -50,6 +51,18 @@ def threads() -> int | None:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
         raise UsageError(f"LONGSPAN_THREADS must be a whole number from 1 to {_MOST_THREADS}, not {text!r}")
     return int(text)
+
+
+def api_key(variable: str | None = None) -> str:
+    """Return the key of an endpoint: that of `LONGSPAN_API_KEY`, or of a variable that the user names.
+
+    Raises:
+        UsageError: the variable that was named is not set.
+    """
+    found = os.environ.get(variable or "LONGSPAN_API_KEY", "").strip()
+    if variable and not found:
+        raise UsageError(f"--api-key-env names {variable}, which is not set: set it to the key")
+    return found
 
 
 def share_cores() -> None:

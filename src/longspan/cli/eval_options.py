@@ -69,6 +69,36 @@ Shard = Annotated[
     ),
 ]
 
+BaseURL = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url",
+        metavar="URL",
+        help="Ask an endpoint of the OpenAI protocol, such as http://127.0.0.1:8000/v1, in place of a model here; "
+        "--model is then its name there. The key comes from LONGSPAN_API_KEY.",
+    ),
+]
+Completions = Annotated[
+    bool,
+    typer.Option("--completions", help="Ask the endpoint to complete a text, so that answer prefixes begin answers."),
+]
+Parallel = Annotated[int, typer.Option("--parallel", metavar="N", help="Questions asked of the endpoint at once.")]
+Timeout = Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds that the endpoint may be silent.")]
+CountedBy = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME",
+        help="Counts tokens for the endpoint: a folder, a GGUF file or a hub name. Default: smollm2's.",
+    ),
+]
+KeyVariable = Annotated[
+    str | None, typer.Option("--api-key-env", metavar="NAME", help="The variable that holds the endpoint's key.")
+]
+KeyFile = Annotated[
+    str | None, typer.Option("--api-key-file", metavar="FILE", help="The file that holds the endpoint's key.")
+]
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -93,6 +123,13 @@ class Shared:
     out: Out = None
     minutes: Minutes = None
     shard: Shard = None
+    base_url: BaseURL = None
+    completions: Completions = False
+    parallel: Parallel = 1
+    timeout: Timeout = 600.0
+    tokenizer: CountedBy = None
+    api_key_env: KeyVariable = None
+    api_key_file: KeyFile = None
     json: options.AsJson = False
 
 

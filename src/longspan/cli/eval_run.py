@@ -6,6 +6,7 @@ It does not know the evals' own options: commands give it an eval and what its q
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longspan.cli import eval_options, eval_report, output, work
+from longspan.cli import eval_endpoint, eval_options, eval_report, output, work
 from longspan.cli.eval_options import Shared
 from longspan.cli.progress import Progress
-from longspan.errors import Cancelled, UsageError
+from longspan.errors import Cancelled, EndpointError, UsageError
 from longspan.lengths import bytes_of, lengths_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class _Askers:
     """Where they run, with which versions: for the environment."""
     notes: list[str]
     """What the user should know of them."""
+    close: Callable[[], None] = lambda: None
+    """Ends what they still do."""
 
 
 def run(
@@ -61,6 +64,7 @@ def run(
         raise UsageError(f"--questions {given.questions} leaves nothing to ask: give at least 1")
     if given.minutes is not None and not given.minutes > 0:
         raise UsageError(f"--minutes {given.minutes:g} leaves no time: give more than 0")
+    eval_endpoint.check(given)
     part, parts = eval_options.shard_of(given.shard)
     until = math.inf if given.minutes is None else began + 60 * given.minutes
     again = f"the same command goes on from {given.out}" if given.out else "nothing is kept without --out FOLDER"
@@ -80,7 +84,7 @@ def run(
         with in_folder(given.out, file) as journal:
             elsewhere = _elsewhere(given.out, evaluation, file)
             rows.answered([*journal.entries, *elsewhere])  # a file of another eval is refused before a model is loaded
-            askers = _engines(given, progress)
+            askers = _engines(given, progress) if given.base_url is None else _endpoint(given, progress)
             for note in askers.notes:
                 progress.say(f"note: {note}")
             asked = running.plan(what, askers.at)
@@ -94,6 +98,10 @@ def run(
                 left = running.run(what, mine, journal, about, progress.say, reading, elsewhere=elsewhere, until=until)
             except (KeyboardInterrupt, Cancelled) as error:
                 raise Cancelled(f"stopped: {again}") from error
+            except EndpointError as error:
+                raise EndpointError(f"{error}; {again}") from error
+            finally:
+                askers.close()
             if left:
                 progress.say(
                     f"stopped after {given.minutes:g} minutes with {left} of {len(mine)} questions left: {again}"
@@ -157,6 +165,13 @@ def _engines(given: Shared, progress: Progress) -> _Askers:
     about["command"] = about["command"].replace("python -m", "longspan", 1)
     about |= {"model": first.model.name, "dtype": str(first.model.dtype).removeprefix("torch.")}
     return _Askers(Engines(make, found, given.kv, progress.say if every else None).at, about, notes)
+
+
+def _endpoint(given: Shared, progress: Progress) -> _Askers:
+    """Return one asker, a model of an endpoint."""
+    client, asker, about, notes = eval_endpoint.endpoint(given, progress)
+    about["command"] = f"longspan eval {shlex.join(sys.argv[2:])}"
+    return _Askers(lambda _: [asker], about, notes, client.close)
 
 
 def _parsed(spec: str) -> Mechanism:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.hf.model import CausalModel
+from longspan.hf.tokenizer import Tokenizer
 from longspan.sessions.session import Turn
 
 SYSTEM = "You answer questions about a text. Answer briefly and use only what the text says."
@@ -37,7 +38,7 @@ def _around(model: CausalModel, question: str, turns: Sequence[Turn]) -> tuple[s
     return head, rest
 
 
-def bare(model: CausalModel) -> tuple[str, str]:
+def bare(model: CausalModel | Tokenizer) -> tuple[str, str]:
     """Return what the model's template puts before and after a user's only message, without words of ours.
 
     Both are empty for a model without a template.

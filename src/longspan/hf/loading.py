@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from longspan import settings
-from longspan.errors import ModelError, UnknownNameError, UsageError
+from longspan.errors import LongspanError, ModelError, UnknownNameError, UsageError
 from longspan.hf import attention, catalogue, hybrid
 from longspan.hf.model import CausalModel
 from longspan.hf.one_token import use_one_token_linear
+from longspan.hf.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
@@ -85,6 +86,31 @@ def load(
     model = model.to(on).eval()
     use_one_token_linear(model)
     return CausalModel(name, model, tokenizer)
+
+
+def load_tokenizer(name: str, *, say: Say = lambda _: None) -> Tokenizer:
+    """Load a model's tokenizer alone; arguments as for `load`.
+
+    A folder needs the tokenizer's files only, and of a GGUF file nothing is converted.
+
+    Raises:
+        UnknownNameError: nothing of that name.
+        ModelError: it can't be fetched or read.
+    """
+    path = Path(name).expanduser()
+    if name in catalogue.CATALOGUE:
+        path = catalogue.fetch(catalogue.entry(name), say)
+    with _quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            if path.is_file() and path.suffix.lower() == ".gguf":
+                return Tokenizer(name, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+            return Tokenizer(name, AutoTokenizer.from_pretrained(path if path.is_dir() else _source(name, say)))
+        except LongspanError:
+            raise
+        except Exception as error:
+            raise ModelError(f"can't load the tokenizer of {name}: {_first_line(error)}") from error
 
 
 def plain_transformers(model: CausalModel) -> Any:

@@ -21,6 +21,7 @@ from longspan.attention.base import Shape
 from longspan.errors import ModelError
 from longspan.hf import hybrid, trained
 from longspan.hf.attention import Enough, Reader
+from longspan.hf.tokenizer import chat_of, hash_of
 from longspan.kv.rotary import Rotary
 
 
@@ -152,11 +153,7 @@ class CausalModel:
 
         A model without a template gets plain paragraphs that end in `Answer:`.
         """
-        if not self.tokenizer.chat_template:
-            titles = {"system": "", "user": "Question: ", "assistant": "Answer: "}
-            return "\n\n".join(titles.get(m["role"], "") + m["content"] for m in messages) + "\n\nAnswer:"
-        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return text
+        return chat_of(self.tokenizer, messages)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -185,9 +182,7 @@ class CausalModel:
     @cached_property
     def tokenizer_hash(self) -> str:
         """A hash of the tokenizer's vocabulary and rules: 32 hexadecimal digits."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hash_of(self.tokenizer)
 
     def _find_rotary(self) -> Rotary | None:
         """Return how the model rotates, checked against its own code; None where it encodes no positions."""
