@@ -56,8 +56,7 @@ def test_what_is_kept_is_the_share_that_was_asked_for(tiny, way, ratio):
         kept[name] = context.nbytes
     # What evicts shrinks to the bytes allowed, positions and pages that are not full among them.
     page = KVContext(tiny, make("dense")).layers[0].pool.native.page_bytes * tiny.dimensions.layers
-    allowed = 0 if way_at.mechanism.evicts else 2 * page
-    assert 0 < kept[way] <= kept["dense"] / ratio + allowed
+    assert 0 < kept[way] <= kept["dense"] / ratio * (1 if way_at.mechanism.evicts or way == "streaming" else 8 / 7)
     assert kept[way] > kept["dense"] / ratio - 3 * page or not way_at.mechanism.evicts
 
 
@@ -154,7 +153,7 @@ def test_a_way_that_waits_for_the_question_counts_the_document_too(tiny, asked):
     for way in ("snapkv", "snapkv:when=question"):
         kept[way] = Ours(tiny, within(tiny, way, 4, LENGTH)).run(asked, ())
     for dense, early, late in zip(whole, kept["snapkv"], kept["snapkv:when=question"], strict=True):
-        assert early.kept_bytes < dense.kept_bytes / 2 and late.kept_bytes > dense.kept_bytes
+        assert early.kept_bytes <= dense.kept_bytes / 4 and late.kept_bytes > dense.kept_bytes
     # Here the question's tokens are the text's own last ones, and the rows that they look at are kept.
     assert all(math.isfinite(late.nlls) for late in kept["snapkv:when=question"])
 
@@ -174,17 +173,17 @@ def test_a_row_counts_scores_perplexity_and_agreement():
 
 def test_a_run_is_kept_and_goes_on(tiny, asked, tmp_path):
     told = []
-    given = Given(["streaming", "fp8", "snapkv+fp8"], (), [2.0, 8.0], LENGTH, 3, {"of": "these"})
+    given = Given(["streaming", "fp8", "snapkv+fp8"], (), [2.0, 5.0], LENGTH, 3, {"of": "these"})
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
         rows = run(tiny, (), replace(given, ways=["streaming"]), asked, journal, told.append)
-    assert [(r.way, r.ratio) for r in rows] == [("dense", 1.0), ("streaming", 2.0), ("streaming", 8.0)]
+    assert [(r.way, r.ratio) for r in rows] == [("dense", 1.0), ("streaming", 2.0), ("streaming", 5.0)]
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
         told.clear()
         again = run(tiny, (), given, asked, journal, told.append)
-    assert again[:2] == rows[:2] and len(again) == 6, "fp8 alone can't keep an eighth"
-    assert sum("dense at" in line for line in told) == 0 and any("left out: fp8 at 8" in line for line in told)
+    assert again[:2] == rows[:2] and len(again) == 6, "fp8 alone can't keep a fifth"
+    assert sum("dense at" in line for line in told) == 0 and any("left out: fp8 at 5" in line for line in told)
     dense, *others = again
     assert dense.kept_share == 1 and all(0 < r.kept_share < 1 for r in others)
     assert len(table([vars(r) for r in again])[0]) == len(COLUMNS)

@@ -43,8 +43,8 @@ class Way:
 
     mechanism: Mechanism
     kv_format: str | None = None
-    allowed: int | None = None
-    """Bytes that a context may keep, where the mechanism can be told; None: what it keeps by its options."""
+    ratio: float | None = None
+    """Dense's bytes of a context over those that it may keep, where the mechanism can be told; None: it can't."""
 
     def describe(self) -> str:
         """Return it in words."""
@@ -63,15 +63,17 @@ class Readings:
     def read(self, way: Way, tokens: Sequence[int]) -> KVContext:
         """Return a context that has read tokens and keeps what the way keeps of them; the caller frees it."""
         mechanism = way.mechanism
+        dense = _layer_bytes(self.model, make(DENSE), None, len(tokens)) * self.model.dimensions.layers
+        allowed = None if way.ratio is None else int(dense / way.ratio)
         whole = cast("Evicting", mechanism).unevicted(len(tokens)) if mechanism.evicts else None
         if whole is None:
             context = KVContext(self.model, mechanism, kv_format=way.kv_format)
             context.extend(tokens)
-            if context.kept is not None and way.allowed is not None:
-                context.kept.shrink(len(tokens), way.allowed)
+            if context.kept is not None and allowed is not None:
+                context.kept.shrink(len(tokens), allowed)
         else:
             context = self._whole(whole, way.kv_format, tokens).fork()
-            context.evict_by(cast("Evicting", mechanism), way.allowed)
+            context.evict_by(cast("Evicting", mechanism), allowed)
         return context
 
     def _whole(self, mechanism: Mechanism, kv_format: str | None, tokens: Sequence[int]) -> KVContext:
@@ -219,7 +221,7 @@ def within(model: CausalModel, way: str, ratio: float, length: int) -> Way:
         return Way(mechanism.within(least, length), held)
     # On the way a page more may be held than fits every layer: in the end layers shrink to the bytes allowed.
     keys = -(-(least + 1) // PAGE) * PAGE
-    return Way(mechanism.within(keys, length), held, int(allowed * model.dimensions.layers))
+    return Way(mechanism.within(keys, length), held, ratio)
 
 
 def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None, length: int) -> float:
@@ -231,8 +233,9 @@ def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None
     cost = mechanism.cost(length, sizes.shape(model.dtype.itemsize))
     token = sizes.shape(model.dtype.itemsize).token_bytes
     kept = KeptLayers.of(model, mechanism, kv_format, Budget())
+    dropped = mechanism.dropped(length)
     if kept is None:
-        rows = min(length, round(cost.kept_bytes / token))
+        rows = length if dropped != (0, 0) else min(length, round(cost.kept_bytes / token))
         layer: KeptKV | PagedKV = paged(model, kv_format)
         beside = 0.0
     else:
@@ -242,6 +245,7 @@ def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None
     blank = torch.zeros(1, sizes.kv_heads, rows, sizes.head_dim, dtype=model.dtype, device=model.device)
     layer.append(blank, blank)
     layer.commit()
+    layer.drop(*dropped)
     # A trial's own positions are not those of rows that were evicted: the cost counts them.
     pages = layer.page_bytes if isinstance(layer, KeptKV) else layer.nbytes
     layer.free()

@@ -24,12 +24,12 @@ Plan = tuple[str, str, float]
 OURS = "longspan"
 
 WAYS = (
-    "streaming", "keydiff", "snapkv:when=question", "snapkv:when=question,heads=adaptive", "rocketkv:when=question",
-    "expected:when=question", "int2", "int2:residual=0,sinks=0", "int4:residual=0,sinks=0", "int8", "fp8", "int4",
-    "expected+int4:residual=0,sinks=0", "snapkv+int4:residual=0,sinks=0", "expected+int8:residual=0,sinks=0",
-    "snapkv+int8:residual=0,sinks=0", "expected+int2:residual=64,sinks=64", "h2o+int4:residual=0,sinks=0",
-    "keydiff+int4:residual=0,sinks=0", "h2o", "expected", "snapkv", "snapkv:heads=adaptive", "expected:heads=adaptive",
-    "rocketkv", "expected:heads=adaptive+int4:residual=0,sinks=0",
+    "streaming:sinks=64", "keydiff", "snapkv:when=question", "snapkv:when=question,heads=adaptive",
+    "rocketkv:when=question", "expected:when=question", "int2", "int2:residual=0,sinks=0", "int4:residual=0,sinks=0",
+    "int8", "fp8", "int4", "expected+int4:residual=0,sinks=0", "snapkv+int4:residual=0,sinks=0",
+    "expected+int8:residual=0,sinks=0", "snapkv+int8:residual=0,sinks=0", "expected+int2:residual=64,sinks=64",
+    "h2o+int4:residual=0,sinks=0", "keydiff+int4:residual=0,sinks=0", "h2o", "expected", "snapkv",
+    "snapkv:heads=adaptive", "expected:heads=adaptive", "rocketkv", "expected:heads=adaptive+int4:residual=0,sinks=0",
 )  # fmt: skip
 """Ours, where none are named: methods alone and per question, formats alone, and both together."""
 
