@@ -173,17 +173,17 @@ def test_a_row_counts_scores_perplexity_and_agreement():
 
 def test_a_run_is_kept_and_goes_on(tiny, asked, tmp_path):
     told = []
-    given = Given(["streaming", "fp8", "snapkv+fp8"], (), [2.0, 5.0], LENGTH, 3, {"of": "these"})
+    given = Given(["streaming", "fp16", "snapkv+fp8"], (), [2.0, 3.0], LENGTH, 3, {"of": "these"})
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
         rows = run(tiny, (), replace(given, ways=["streaming"]), asked, journal, told.append)
-    assert [(r.way, r.ratio) for r in rows] == [("dense", 1.0), ("streaming", 2.0), ("streaming", 5.0)]
+    assert [(r.way, r.ratio) for r in rows] == [("dense", 1.0), ("streaming", 2.0), ("streaming", 3.0)]
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
         told.clear()
         again = run(tiny, (), given, asked, journal, told.append)
-    assert again[:2] == rows[:2] and len(again) == 6, "fp8 alone can't keep a fifth"
-    assert sum("dense at" in line for line in told) == 0 and any("left out: fp8 at 5" in line for line in told)
+    assert again[:2] == rows[:2] and len(again) == 6, "fp16 alone can't keep a third"
+    assert sum("dense at" in line for line in told) == 0 and any("left out: fp16 at 3" in line for line in told)
     dense, *others = again
     assert dense.kept_share == 1 and all(0 < r.kept_share < 1 for r in others)
     assert len(table([vars(r) for r in again])[0]) == len(COLUMNS)
