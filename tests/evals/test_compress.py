@@ -210,7 +210,7 @@ class Peers:
 def test_copies_of_a_peer_share_its_rows(tiny, asked):
     nll = Ours(tiny, Way(make("dense"))).run(asked[1:], ())
     peers = [Peers(sum(outcome.nlls for outcome in nll) / len(nll)) for _ in range(2)]
-    given = Given(["streaming"], ["a", "b", "c"], [2.0, 4.0], LENGTH, 3, {})
+    given = Given(["snapkv"], ["a", "b", "c"], [2.0, 4.0], LENGTH, 3, {})
     with Journal(None) as journal:
         journal.begin({})
         rows = run(tiny, peers, given, asked, journal, lambda _: None)
