@@ -93,6 +93,55 @@ def speed() -> str:
     return _markdown(head, rows) + f"\n{about}\n"
 
 
+def _rulers() -> dict[str, Any] | None:
+    """Return the committed result of `python -m benchmarks.ruler`, of several the last by name."""
+    files = sorted(RESULTS.glob("ruler-*.json"))
+    found: dict[str, Any] | None = json.loads(files[-1].read_text(encoding="utf-8")) if files else None
+    return found
+
+
+_NOTHING = "No result is committed yet.\n"
+
+
+def ruler() -> str:
+    """RULER's tasks by length, attended to densely."""
+    result = _rulers()
+    if result is None:
+        return _NOTHING
+    lines = [line for line in result["table"] if line["contender"] == "dense"]
+    return _by_length(lines, "task") + _ruler_about(result, lines)
+
+
+def ruler_mechanisms() -> str:
+    """The average of RULER's tasks for each mechanism at its share of the keys, by length."""
+    result = _rulers()
+    if result is None:
+        return _NOTHING
+    lines = [line for line in result["table"] if line["task"] == "average"]
+    shares = {line["length"] for line in lines if line["contender"] != "dense"}
+    return _by_length([line for line in lines if line["length"] in shares], "contender")
+
+
+def _by_length(lines: list[dict[str, Any]], key: str) -> str:
+    lengths = sorted({line["length"] for line in lines})
+    found = {(line[key], line["length"]): line for line in lines}
+    names = dict.fromkeys(line[key] for line in sorted(lines, key=lambda line: line["task"] == "average"))
+    rows = [
+        [f"`{name}`", *(f"{c['score']:.1f} ({c['low']:.0f}-{c['high']:.0f})" if c else "" for c in cells)]
+        for name in names
+        for cells in [[found.get((name, length)) for length in lengths]]
+    ]
+    return _markdown([key, *(f"{length / 1024:g}K" for length in lengths)], rows)
+
+
+def _ruler_about(result: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    counts = [line["questions"] for line in lines if line["task"] != "average"]
+    return (
+        f"\n{min(counts)} to {max(counts)} questions of each task and length; {result['model']}, {result['dtype']}, "
+        f"{result['device']}, torch {result['torch']}; `{result['command']}`\n"
+    )
+
+
 def _compressed() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / "compress-h200.json").read_text(encoding="utf-8"))
     return found
@@ -285,6 +334,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "compare": compare,
     "compress": compress,
+    "ruler": ruler,
+    "ruler-mechanisms": ruler_mechanisms,
     "survey": survey,
     "attention": attention,
     "attention-speed": attention_speed,

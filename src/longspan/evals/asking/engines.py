@@ -34,6 +34,7 @@ class Engines:
         ways: list[Way],
         kv: str = "auto",
         leave_out: Callable[[str], None] | None = None,
+        local: type[Local] = Local,
     ) -> None:
         """Take what is asked for.
 
@@ -42,8 +43,9 @@ class Engines:
             ways: how to attend.
             kv: the format of keys and values as the engines are told.
             leave_out: told which way can't work at which length; None: that is an error.
+            local: what asks.
         """
-        self._make, self._ways, self._kv, self._leave_out = make, ways, kv, leave_out
+        self._make, self._ways, self._kv, self._leave_out, self._local = make, ways, kv, leave_out, local
 
     def at(self, length: int) -> list[Local]:
         """Return the askers at a length.
@@ -63,11 +65,11 @@ class Engines:
 
     def _asker(self, way: Way, length: int) -> Local:
         if not way.spec:
-            return Local(self._make(None), self._kv)
+            return self._local(self._make(None), self._kv)
         asked = attending = parse(way.spec)
         if way.budget:
             attending = asked.within(max(1, int(Fraction(way.budget) * length)), length)
-        return Local(self._make(attending), self._kv, asked.describe(), way.budget)
+        return self._local(self._make(attending), self._kv, asked.describe(), way.budget)
 
 
 def ways(specs: list[str], budgets: list[str]) -> list[Way]:
