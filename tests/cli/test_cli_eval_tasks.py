@@ -91,6 +91,7 @@ def test_ctrl_c_says_how_to_go_on(cli, haystack, monkeypatch):
         (("--out", "minutes.txt"), "minutes.txt"),
         (("--question", "never"), "--question 'never' is none of"),
         (("--order", "middle"), "--order 'middle' is none of"),
+        (("--context", "half"), "--context 'half' is none of"),
         (("--mechanisms", "dense"), "give one of the two"),
         (("--budgets", "2"), "no share"),
         (("--minutes", "0"), "--minutes 0"),
@@ -153,6 +154,7 @@ def test_a_run_without_time_left_says_what_is_left(cli, haystack):
         ("mrcr", ("--tasks", "mrcr_2")),
         ("nolima", ("--tasks", "onehop", "--question", "before")),
         ("rot", ("--tasks", "coherent_1", "--order", "last")),
+        ("rot", ("--tasks", "shuffled_0", "--context", "retrieved")),
         ("perplexity", ()),
     ],
 )

@@ -42,6 +42,15 @@ Order = Annotated[
         "--order", metavar="WHERE", help="Passages that share most words with the question: kept, first or last."
     ),
 ]
+Context = Annotated[
+    str,
+    typer.Option(
+        "--context",
+        metavar="SPEC",
+        help="What is read of a context: full, retrieved (passages chosen for the question; by=heads, passages=8) or "
+        "summary (of its chunks; chunk=1024).",
+    ),
+]
 Haystack = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,6 +123,7 @@ class Shared:
     seed: Seed = 0
     question: Place = "after"
     order: Order = "kept"
+    context: Context = "full"
     prefill: options.Prefill = None
     kv: options.KVFormat = "auto"
     kv_budget: options.KVBudget = None

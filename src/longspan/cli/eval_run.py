@@ -75,7 +75,7 @@ def run(
         from longspan.evals.questions.making import named
         from longspan.evals.questions.setup import Setup
 
-        setup = Setup(given.question, given.order)
+        setup = Setup(given.question, given.order, given.context)
         tasks = named(evaluation, given.tasks)
         setup.check(evaluation, tasks)
         made_of = sources(progress) if sources else prose(given, progress)

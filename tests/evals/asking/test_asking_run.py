@@ -29,7 +29,7 @@ TIMED = ("run", "read_tokens_per_s", "first_token_s", "decode_tokens_per_s", "se
 class Scripted:
     """Answers as it is told; counts by words."""
 
-    template, counted_by, measures = Template(), "words", False
+    template, counted_by, measures, chooses = Template(), "words", False, False
 
     def __init__(self, answer=lambda made: made.outputs[0], parallel=1, mechanism="script"):
         self.answer, self.parallel, self.asked = answer, parallel, []
@@ -195,11 +195,28 @@ def test_contenders_are_told_in_words():
 
 
 def test_what_a_setup_can_not_do_is_refused():
-    with pytest.raises(UsageError, match="--order changes what is right in cwe"):
-        plan(replace(GIVEN, tasks=["vt", "cwe"], setup=Setup(order="first")), at(Scripted()))
-    for wrong in (("never", "kept"), ("after", "middle")):
-        with pytest.raises(UsageError, match="is none of"):
-            Setup(*wrong)
+    for setup, told in ((Setup(order="first"), "--order first"), (Setup(context="summary"), "--context summary")):
+        with pytest.raises(UsageError, match=f"{told} changes what is right in cwe: use it with niah_single_1, "):
+            plan(replace(GIVEN, tasks=["vt", "cwe"], setup=setup), at(Scripted()))
+    with pytest.raises(UsageError, match="by=heads needs a model's retrieval heads, and scripted shows none"):
+        plan(replace(GIVEN, setup=Setup(context="retrieved:by=heads")), at(Scripted()))
+
+
+@pytest.mark.parametrize(
+    "setup, told",
+    [
+        ({"question": "never"}, "--question 'never' is none of after"),
+        ({"order": "middle"}, "--order 'middle' is none of kept"),
+        ({"context": "half"}, "--context 'half' is none of full, retrieved, summary"),
+        ({"context": "retrieved:by=luck"}, "by=luck is unknown: use lexical or heads"),
+        ({"context": "retrieved:passages=0"}, "passages=0 is too small"),
+        ({"context": "summary:chunk=0"}, "chunk=0 is too small"),
+        ({"context": "summary:words=9"}, "has no option 'words'; its options: chunk, focused, tokens"),
+    ],
+)
+def test_what_is_no_setup_is_refused(setup, told):
+    with pytest.raises(UsageError, match=told):
+        Setup(**setup)
 
 
 def test_the_registry_lists_its_evals():

@@ -10,6 +10,7 @@ holds nothing between calls: two questions never see one another.
     template   what the asker puts around a prompt's parts, as far as it is known: its tokens are counted
     parallel   questions that may be asked at once (from as many threads); 1: one after another
     measures   whether `ask` can return the probability of a text (`Example.follows`) instead of an answer
+    chooses    whether `choose` can tell which stretches of a text matter for a question
     ask        reads an example's context, asks, and returns a `Reply`
 
 What can't be answered (a context that the asker can't hold, a request that was refused for its length) is a reply with
@@ -106,8 +107,15 @@ class Asker(Protocol):
     def measures(self) -> bool:
         """Whether the probability of a text can be returned."""
 
+    @property
+    def chooses(self) -> bool:
+        """Whether `choose` can be called."""
+
     def tokens(self, text: str) -> Sequence[object]:
         """Return a text's tokens, without special tokens at its ends."""
+
+    def choose(self, text: str, question: str) -> list[tuple[int, int]]:
+        """Return the stretches of a text (first character, and the one after the last) that matter most, best first."""
 
     def ask(self, example: Example, tick: Tick) -> Reply:
         """Answer an example that was made for these `tokens` and this `template`; greedy.

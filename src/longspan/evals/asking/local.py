@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from longspan.attention import Hints, make
+from longspan.attention.retrieval import Retrieval
 from longspan.engine import prompts, rereading
 from longspan.engine.generation import Answer, Stats, decode
 from longspan.engine.index_context import IndexContext
@@ -38,6 +39,7 @@ class Local:
     """A model here, in one way of attending: see `asker.Asker`."""
 
     parallel = 1
+    chooses = True
 
     def __init__(self, llm: LLM, kv: str = "auto", mechanism: str | None = None, budget: str = "") -> None:
         """Take an engine.
@@ -72,6 +74,18 @@ class Local:
     def tokens(self, text: str) -> Sequence[object]:
         """See `Asker`."""
         return self.llm.model.tokens(text)
+
+    def choose(self, text: str, question: str) -> list[tuple[int, int]]:
+        """See `Asker`: the sentences that the model's retrieval heads rank best, with words beside them."""
+        session = Session()
+        tokens, offsets = self.llm.model.tokens_with_offsets(text)
+        session.add_document("text", text, tokens, offsets, [])
+        context = session.memory = IndexContext(self.llm.model, Retrieval(), self.llm.heads())
+        try:
+            context.extend(session.tokens)
+            return [(each.start, each.end) for each in self.llm.choose(question, session).sentences]
+        finally:
+            context.free()
 
     def ask(self, example: Example, tick: Tick = lambda _, __: None) -> Reply:
         """See `Asker`."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from longspan.errors import UsageError
 from longspan.evals.asking.asker import Asker, Reply, Tick
+from longspan.evals.asking.readers import reading
 from longspan.evals.asking.rows import Key, Row, answered, contender, row_of
 from longspan.evals.journal import Entry, Journal
 from longspan.evals.progress import duration
@@ -27,7 +28,7 @@ from longspan.evals.questions.scoring import score
 from longspan.evals.questions.setup import Setup
 from longspan.evals.questions.sources import Sources
 
-Reading = Callable[[str], Tick]
+Told = Callable[[str], Tick]
 """Told what is being asked; returns what is told how far reading is."""
 
 
@@ -65,7 +66,7 @@ def plan(given: Given, askers: Callable[[int], Sequence[Asker]]) -> list[Asked]:
     """
     evaluation = given.evaluation
     given.setup.check(evaluation, given.tasks)
-    at = {length: list(askers(length)) for length in given.lengths}
+    at = {length: [reading(asker, given.setup.reading) for asker in askers(length)] for length in given.lengths}
     if any(evaluation.tasks[task].scoring == "probability" for task in given.tasks):
         for each in (each for found in at.values() for each in found if not each.measures):
             raise UsageError(
@@ -88,7 +89,7 @@ def run(
     journal: Journal,
     about: dict[str, Any],
     tell: Callable[[str], None],
-    reading: Reading = lambda _: lambda _, __: None,
+    told: Told = lambda _: lambda _, __: None,
     *,
     elsewhere: Iterable[Entry] = (),
     until: float = math.inf,
@@ -101,7 +102,7 @@ def run(
         journal: gets a row a question.
         about: the environment of this run; its `run` is made here.
         tell: told the progress, a line a question.
-        reading: see `Reading`.
+        told: see `Told`.
         elsewhere: rows of other journals, which are not asked again.
         until: when to stop, in seconds of `time.monotonic`; one question is asked before the first look at the clock.
     """
@@ -117,7 +118,7 @@ def run(
     journal.begin({"run": name, **about})
     beyond: set[str] = set()
     count = len(left)
-    for each, row, reply in _answers(given, left, name, reading, progress):
+    for each, row, reply in _answers(given, left, name, told, progress):
         if reply.beyond and reply.attention not in beyond:
             beyond.add(reply.attention)
             tell(f"{reply.attention} reads beyond what {each.asker.identity.model} was trained on: expect nonsense")
@@ -145,7 +146,7 @@ def _key(given: Given, asker: Asker, task: str, length: int, number: int) -> Key
 
 
 def _answers(
-    given: Given, left: Sequence[Asked], run: str, reading: Reading, progress: _Progress
+    given: Given, left: Sequence[Asked], run: str, told: Told, progress: _Progress
 ) -> Iterator[tuple[Asked, Row, Reply]]:
     """Yield every question with its row as it is answered; several at once where askers allow it."""
 
@@ -159,7 +160,7 @@ def _answers(
 
     def answer(each: Asked, question: Example, making: float) -> tuple[Asked, Row, Reply]:
         began = time.perf_counter()
-        reply = each.asker.ask(question, reading(progress.told(each.key)))
+        reply = each.asker.ask(question, told(progress.told(each.key)))
         return each, _row(given, each, run, question, reply, making + time.perf_counter() - began), reply
 
     workers = max(each.asker.parallel for each in left)

@@ -30,7 +30,7 @@ _COUNTS = {
 class Endpoint:
     """A model of an endpoint."""
 
-    measures = False
+    measures = chooses = False
 
     def __init__(
         self, client: Client, model: str, tokenizer: Tokenizer, *, raw: bool = False, parallel: int = 1
@@ -56,6 +56,10 @@ class Endpoint:
     def tokens(self, text: str) -> Sequence[object]:
         """See `Asker`."""
         return self._tokenizer.tokens(text)
+
+    def choose(self, text: str, question: str) -> list[tuple[int, int]]:
+        """See `Asker`: an endpoint shows no heads."""
+        raise AssertionError("an endpoint chooses nothing")
 
     def ask(self, example: Example, tick: Tick) -> Reply:
         """See `Asker`; a question that the endpoint refuses is a reply with `error`."""

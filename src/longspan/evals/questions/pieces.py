@@ -28,6 +28,14 @@ class Pieces:
         """Return the text of these passages in this order."""
         return self.between.join(self.texts[i] for i in order) + self.end
 
+    def at(self, place: int) -> int:
+        """Return the passage in which a character of the text stands, or the last one."""
+        for i, text in enumerate(self.texts):
+            place -= len(text) + len(self.between)
+            if place < 0:
+                return i
+        return len(self.texts) - 1
+
 
 def split(text: str) -> Pieces:
     """Return the passages of a text: joined in their own order they are the text."""

@@ -30,8 +30,11 @@ class Interval:
 
 
 def score(answer: str, outputs: Sequence[str], scoring: str) -> float:
-    """Return the score of an answer: `outputs` are held against it as `scoring`, a name of `SCORINGS`, says."""
-    return SCORINGS[scoring](answer, outputs)
+    """Return the score of an answer: `outputs` are held against it as `scoring`, a name of `SCORINGS`, says.
+
+    Where there are none, nothing is right.
+    """
+    return 0.0 if not outputs else SCORINGS[scoring](answer, outputs)
 
 
 def _all(answer: str, outputs: Sequence[str]) -> float:

@@ -2,7 +2,8 @@
 
 - `question`: after the context as the eval has it, before it (the model reads knowing what is asked), or both;
 - `order`: passages that share most words with the question stand first or last, where models read best ("lost in the
-  middle", arXiv 2307.03172), the others in their own order.
+  middle", arXiv 2307.03172), the others in their own order;
+- `context`: what is read of it, see `readings.py`.
 
 It does not know models; lengths are counted after a context was arranged.
 """
@@ -14,8 +15,9 @@ from dataclasses import dataclass, fields, replace
 
 from longspan import specs
 from longspan.errors import UsageError
-from longspan.evals.questions import pieces
+from longspan.evals.questions import pieces, readings
 from longspan.evals.questions.example import Draft, Eval
+from longspan.evals.questions.readings import Reading
 
 QUESTION = ("after", "before", "both")
 ORDER = ("kept", "first", "last")
@@ -29,23 +31,34 @@ class Setup:
 
     question: str = "after"
     order: str = "kept"
+    context: str = "full"
+    """A specification of `readings.py`."""
 
     def __post_init__(self) -> None:
         """Refuse what is no choice."""
         for name, given, known in (("question", self.question, QUESTION), ("order", self.order, ORDER)):
             if given not in known:
                 raise UsageError(f"--{name} {given!r} is none of {', '.join(known)}")
+        readings.parse(self.context)
+
+    @property
+    def reading(self) -> Reading:
+        """What is read of a context."""
+        return readings.parse(self.context)
 
     def describe(self) -> str:
         """Return what differs from the eval's own way, such as `question=both,order=last`; empty: nothing."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        told = replace(self, context=readings.describe(self.reading))
+        changed = {f.name: getattr(told, f.name) for f in fields(told) if getattr(told, f.name) != f.default}
         return specs.written("", changed).removeprefix(":")
 
     def check(self, evaluation: Eval, tasks: list[str]) -> None:
         """Refuse what makes no sense for a task (UsageError names the tasks for which it does)."""
-        if self.order != "kept" and (wrong := [task for task in tasks if task not in evaluation.ordered]):
-            able = ", ".join(task for task in evaluation.tasks if task in evaluation.ordered) or "none of this eval"
-            raise UsageError(f"--order changes what is right in {', '.join(wrong)}: use it with {able}")
+        wrong = [task for task in tasks if task not in evaluation.ordered]
+        able = ", ".join(task for task in evaluation.tasks if task in evaluation.ordered) or "none of this eval's tasks"
+        for option, given, plain in (("order", self.order, "kept"), ("context", self.reading.name, "full")):
+            if given != plain and wrong:
+                raise UsageError(f"--{option} {given} changes what is right in {', '.join(wrong)}: use it with {able}")
         if self.question != "after" and (wrong := [task for task in tasks if not evaluation.tasks[task].max_tokens]):
             raise UsageError(f"--question is for tasks that ask one, which {', '.join(wrong)} does not: leave it out")
 
