@@ -183,7 +183,7 @@ def test_every_eval_asks_and_resumes(cli, haystack, name, more):
     [
         (("needle", "--kinds", "double"), "unknown kind 'double'"),
         (("needle", "--depths", "1"), "--depths 1 is no grid"),
-        (("mrcr", "--order", "first"), "--order changes what is right in mrcr_2"),
+        (("mrcr", "--order", "first"), "--order first changes what is right in mrcr_2"),
         (("perplexity", "--question", "before"), "--question is for tasks that ask one"),
         (("perplexity", "--attention", "retrieval"), "gives no probability of a text"),
         (("passkey", "--tasks", "vt"), "unknown task 'vt'"),
