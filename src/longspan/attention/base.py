@@ -129,6 +129,8 @@ class Mechanism(ABC):
         hints = hints or Hints()
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         computed = q.to(_compute_dtype(q.dtype))
+        if queries == 1:
+            return self.attend_tile(computed, kv, first, scale, hints).to(q.dtype)
         tile = self.gpu_tile if q.is_cuda else self.tile
         tiles = []
         # A tile never crosses the trained length: on its two sides positions may be read differently.

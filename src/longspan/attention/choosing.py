@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
 from longspan.attention.dense import Dense
-from longspan.attention.indexed import attend_indexed, true_positions
+from longspan.attention.indexed import attend_blocks, attend_indexed, true_positions
 from longspan.attention.window import attend_window
 from longspan.errors import UsageError
 from longspan.kv.base import PAGE, LayerKV
@@ -85,8 +85,11 @@ class Choosing(Mechanism):
         true = true_positions(kv, first, count)
         if true and hints.layer < self.dense_layers:
             return Dense().attend_tile(q, kv, first, scale, hints)
-        windows = torch.arange(first + 1, first + 1 + count) - self.window_starts(first, count)
         chosen = self.choose(q, kv, first, scale, hints)
+        if count == 1 and chosen is not None and chosen[1] is None:
+            start = max(0, first - self.window + 1) // self.block * self.block
+            return attend_blocks(q, kv, first, start, chosen[0][:, :, 0], self.block, scale)
+        windows = torch.arange(first + 1, first + 1 + count) - self.window_starts(first, count)
         if chosen is None:
             return attend_window(q, kv, first, windows, scale)[0]
         index, valid = tokens_of_blocks(*chosen, self.block)

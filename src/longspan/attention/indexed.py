@@ -11,6 +11,8 @@ as what a query reads. This file does not know who chose, or how.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,43 @@ def attend_indexed(
             )
         )
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def attend_blocks(q: Tensor, kv: LayerKV, position: int, start: int, blocks: Tensor, size: int, scale: float) -> Tensor:
+    """Attend from one query to chosen blocks and its window, as `attend_indexed` does, block by block.
+
+    Args:
+        q: unrotated `[B, Hq, 1, D]`.
+        kv: the layer, which ends with the query's own key; every block can be read token by token.
+        position: the query's.
+        start: first key of its window, where a block begins.
+        blocks: int64 `[B or 1, Hkv or 1, P]`, ascending, before the window, each once.
+        size: tokens in a block.
+        scale: what scores are multiplied by.
+
+    Returns:
+        `[B, Hq, 1, Dv]`.
+    """
+    own = reads_own_positions(kv, position + 1)
+    shape = (q.shape[0], kv.keys(0, 0).shape[1], -1)
+    near = _near(start // size, position // size + 1, q.device)
+    index = torch.cat([blocks.expand(shape), near.expand(shape)], -1)
+    k, v = kv.gather_blocks(index, size, rotated=own)
+    # The window comes last: what stands in its block behind the query is cut off.
+    reads = blocks.shape[-1] * size + position + 1 - start
+    k, v = k[:, :, :reads], v[:, :, :reads]
+    if kv.rotary is not None:
+        if not own:
+            k = kv.rotary.range(k, 0)
+        q = kv.rotary.range(q, position if own else reads - 1)
+    return partial_attention(q, k, v, scale=scale)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _near(first: int, last: int, device: torch.device) -> Tensor:
+    """Return the blocks of a window, the same for every layer."""
+    with torch.inference_mode(False):
+        return torch.arange(first, last, device=device)
 
 
 def _attend_gathered(

@@ -21,6 +21,7 @@ from longspan.attention.base import Shape
 from longspan.errors import ModelError
 from longspan.hf import hybrid, trained
 from longspan.hf.attention import Enough, Reader
+from longspan.hf.decoder import OneToken
 from longspan.hf.tokenizer import chat_of, hash_of
 from longspan.kv.rotary import Rotary
 
@@ -45,13 +46,13 @@ class Dimensions:
 class CausalModel:
     """A model, its tokenizer, and what Longspan must know about both."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
-        """Take a transformers model that was loaded with Longspan's attention, and its tokenizer.
+    def __init__(self, name: str, model: Any, tokenizer: Any, weights: str = "auto") -> None:
+        """Take a transformers model that was loaded with Longspan's attention, its tokenizer, and `load`'s `weights`.
 
         Raises:
             ModelError: attention or recurrent layers of a kind that Longspan does not serve yet.
         """
-        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.name, self.model, self.tokenizer, self._weights = name, model, tokenizer, weights
         self.config = model.config.get_text_config()
         found = hybrid.layers(name, self.config)
         self.dimensions = _dimensions(name, self.config, len(found.ordinals))
@@ -100,6 +101,8 @@ class CausalModel:
         Returns:
             float32 logits `[logits, V]`, or None where none are wanted or the reader had enough.
         """
+        if len(tokens) == 1 and self._one_token is not None:
+            return self._one_token(tokens[0], reader, logits=bool(logits))
         ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
         # Position 0 everywhere: nothing is rotated (see hf/attention.py).
         given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False, "longspan": reader}
@@ -183,6 +186,14 @@ class CausalModel:
     def tokenizer_hash(self) -> str:
         """A hash of the tokenizer's vocabulary and rules: 32 hexadecimal digits."""
         return hash_of(self.tokenizer)
+
+    @cached_property
+    def _one_token(self) -> OneToken | None:
+        """One token through the layers of a plain decoder, faster; None: by the modules. Made on first use."""
+        sizes = self.dimensions
+        if self._hybrid is not None or self.device.type != "cpu":
+            return None
+        return OneToken.of(self.model, sizes.query_heads, sizes.kv_heads, sizes.head_dim, self._weights)
 
     def _find_rotary(self) -> Rotary | None:
         """Return how the model rotates, checked against its own code; None where it encodes no positions."""

@@ -80,6 +80,18 @@ class LayerKV(ABC):
             rotated: whether keys come rotated to their own positions.
         """
 
+    def gather_blocks(self, blocks: Tensor, size: int, *, rotated: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, P * size, D]` of whole blocks that each KV head chose for itself.
+
+        Args:
+            blocks: int64 `[B, Hkv, P]`, all held; the one that the context ends in may be among them: its rows behind
+                the last token mean nothing.
+            size: tokens in a block.
+            rotated: whether keys come rotated to their own positions.
+        """
+        index = (blocks.unsqueeze(-1) * size + torch.arange(size, device=blocks.device)).flatten(-2)
+        return self.gather(index.clamp(max=self.length - 1), rotated=rotated)
+
     @abstractmethod
     def gather_values(self, index: Tensor) -> Tensor:
         """Values `[B, Hkv, *index.shape, Dv]` of the tokens in `index` (int64, any shape, all held)."""

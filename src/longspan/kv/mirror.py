@@ -65,7 +65,7 @@ class Mirror:
         # Rows behind `length` may be another context's, if it was forked from this one and went on.
         others = kept is not None and kept.readers > 1 and kept.written != self.length
         if kept is None or others or kept.rows.shape[2] < stop:
-            capacity = max(4 * PAGE, stop + stop // 2)
+            capacity = -(-max(4 * PAGE, stop + stop // 2) // PAGE) * PAGE  # whole pages, which are read as such
             with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
                 grown = _Rows(fresh.new_empty(1, fresh.shape[1], capacity, fresh.shape[3]))
             if kept is not None:

@@ -6,6 +6,7 @@ but what it keeps to read faster: `pages.py` does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -98,6 +99,27 @@ class PageReader(LayerKV):
             return _rows(self.mirror.held[0], index[0]).unsqueeze(0), v
         k = self._gather("k", index[0]).unsqueeze(0)
         return (self.rotary(k, index) if rotated and self.rotary is not None else k), v
+
+    def gather_blocks(self, blocks: Tensor, size: int, *, rotated: bool) -> tuple[Tensor, Tensor]:
+        """See `LayerKV`; a block is one row of memory where pages are held as they came."""
+        if not self.pages.plain or PAGE % size:
+            return super().gather_blocks(blocks, size, rotated=rotated)
+        pool, each = self.pool, PAGE // size
+        wanted = blocks[0].to(pool.device)
+        slot = self.pages.run(0, len(self.table))
+        if slot is None:
+            rows = self.pages.tensor(pool.device)[wanted // each] * each + wanted % each
+        else:
+            rows = wanted + slot * each if slot else wanted
+        v = _blocks(pool.values, rows, size)
+        if rotated and self.mirrored:
+            self.keys_at_own_positions(0, self._length)
+            return _blocks(self.mirror.held[0], wanted, size).unsqueeze(0), v.unsqueeze(0)
+        k = _blocks(pool.keys, rows, size)
+        if rotated and self.rotary is not None:
+            at = (wanted.unsqueeze(-1) * size + torch.arange(size, device=pool.device)).flatten(1)
+            k = self.rotary(k, at)
+        return k.unsqueeze(0), v.unsqueeze(0)
 
     @property
     def mirrored(self) -> bool:
@@ -202,3 +224,19 @@ def _rows(held: Tensor, index: Tensor) -> Tensor:
     heads, tokens, dim = held.shape
     chosen = index + torch.arange(heads, device=index.device).unsqueeze(1) * tokens
     return held.view(heads * tokens, dim)[chosen.flatten()].view(heads, -1, dim)
+
+
+def _blocks(held: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return the blocks `[Hkv, P * size, D]` that each head chose by `[Hkv, P]` of all its rows, `[Hkv, ..., D]`."""
+    heads, dim = held.shape[0], held.shape[-1]
+    rows = held.view(-1, size * dim)
+    # Copies rows several times as fast as an index does.
+    found = torch.nn.functional.embedding(index + _starts(heads, rows.shape[0] // heads, index.device), rows)
+    return found.view(heads, -1, dim)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(heads: int, rows: int, device: torch.device) -> Tensor:
+    """Return the first row of each head, `[Hkv, 1]`."""
+    with torch.inference_mode(False):
+        return torch.arange(0, heads * rows, rows, device=device).unsqueeze(1)

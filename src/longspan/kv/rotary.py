@@ -53,15 +53,18 @@ class Rotary:
 
     def _angles(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.to(device).double().unsqueeze(-1) * self.inv_freq.to(device)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = cos.shape[-1]
-        first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        if x.shape[-1] > 2 * half:
-            turned.append(x[..., 2 * half :].to(cos.dtype))
-        return torch.cat(turned, -1).to(x.dtype)
+        """Rotate by cosines and sines `[..., R]`, those of the first half negative: `x cos + swapped(x) sin`."""
+        wide, rotated = x.to(cos.dtype), cos.shape[-1]
+        turning = wide if rotated == x.shape[-1] else wide[..., :rotated]
+        first, second = turning.chunk(2, -1)
+        turned = torch.addcmul(turning * cos, torch.cat([second, first], -1), sin)
+        if rotated < x.shape[-1]:
+            turned = torch.cat([turned, wide[..., rotated:]], -1)
+        return turned.to(x.dtype)
 
 
 def _angle_dtype(x: Tensor) -> torch.dtype:
