@@ -76,6 +76,16 @@ def test_it_is_the_modules_result(kind, options, dtype):
     assert again == pytest.approx(worst, abs=1e-6 if dtype == torch.float32 else tolerance(dtype))
 
 
+def test_the_modules_can_still_be_trained():
+    made = model("llama")
+    with torch.inference_mode():
+        assert OneToken.of(made, *HEADS) is not None
+    ids = torch.tensor([[3]])
+    given = {"position_ids": torch.zeros_like(ids), "use_cache": False, "longspan": _Earlier()}
+    made(input_ids=ids, **given).logits.sum().backward()
+    assert all(weight.grad is not None for weight in made.parameters())
+
+
 @pytest.mark.parametrize(
     "kind,options",
     [

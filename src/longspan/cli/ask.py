@@ -29,6 +29,7 @@ def ask(
     prefill: options.Prefill = None,
     kv: options.KVFormat = "auto",
     kv_budget: options.KVBudget = None,
+    weights: options.Weights = "auto",
     quote: options.Quote = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
@@ -49,7 +50,17 @@ def ask(
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
         params = sampling.params()
-        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, quote=quote)
+        llm = work.load(
+            model,
+            attention,
+            device,
+            progress,
+            prefill=prefill,
+            kv=kv,
+            kv_budget=kv_budget,
+            weights=weights,
+            quote=quote,
+        )
         if session is not None:
             progress.busy(f"opening the session {session}")
         opened = llm.session(session)

@@ -22,6 +22,7 @@ def model(
     ] = "dense streaming superlinear retrieval",
     lengths: Annotated[str, typer.Option("--lengths", metavar="N,N", help="Tokens of text.")] = "1K,4K,8000",
     prefill: options.Prefill = None,
+    weights: options.Weights = "auto",
     device: options.Device = "auto",
     dtype: Annotated[
         str | None,
@@ -50,6 +51,7 @@ def model(
             lengths=lengths,
             dtype=dtype,
             prefill=prefill,
+            weights=weights,
             peer_python=None if peer_python is None else Path(peer_python),
             peer_model=None if peer_model is None else Path(peer_model),
             repeats=repeats,

@@ -46,6 +46,7 @@ def chat(
     prefill: options.Prefill = None,
     kv: options.KVFormat = "auto",
     kv_budget: options.KVBudget = None,
+    weights: options.Weights = "auto",
     quote: options.Quote = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
@@ -63,7 +64,17 @@ def chat(
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
         params = sampling.params()
-        llm = work.load(model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, quote=quote)
+        llm = work.load(
+            model,
+            attention,
+            device,
+            progress,
+            prefill=prefill,
+            kv=kv,
+            kv_budget=kv_budget,
+            weights=weights,
+            quote=quote,
+        )
         talk = _Chat(llm, llm.session(session), params, progress)
         talk.read(reading.documents)
         talk.greet()

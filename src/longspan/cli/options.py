@@ -65,6 +65,15 @@ KVBudget = Annotated[
     str | None,
     typer.Option("--kv-budget", metavar="BYTES", help="Most memory for keys and values, such as 8GiB or 500MB."),
 ]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="HOW",
+        help="How a CPU reads weights while it answers: auto (in 4 or 8 bits where a GGUF file held them so, without "
+        "loss), own (as they are), or int8 (8 bits for all, with a small loss).",
+    ),
+]
 Quote = Annotated[
     bool,
     typer.Option(

@@ -85,6 +85,7 @@ def load(
     prefill: str | None = None,
     kv: str = "auto",
     kv_budget: str | None = None,
+    weights: str = "auto",
     quote: bool = True,
     dtype: str | None = None,
 ) -> LLM:
@@ -101,7 +102,18 @@ def load(
         from longspan.evals.arguments import dtype_of
 
         number = dtype_of(dtype)
-    return LLM(model, attention, device, number, prefill=prefill, kv=kv, kv_budget=limit, quote=quote, say=progress.say)
+    return LLM(
+        model,
+        attention,
+        device,
+        number,
+        prefill=prefill,
+        kv=kv,
+        kv_budget=limit,
+        weights=weights,
+        quote=quote,
+        say=progress.say,
+    )
 
 
 def add(llm: LLM, session: Session, documents: Sequence[Document], progress: Progress) -> bool:

@@ -65,6 +65,7 @@ class LLM:
         prefill: str | Mechanism | None = None,
         kv: str = formats.AUTO,
         kv_budget: int | None = None,
+        weights: str = "auto",
         quote: bool = True,
         store: SessionStore | None = None,
         say: Callable[[str], None] = lambda _: None,
@@ -82,6 +83,8 @@ class LLM:
             kv: how keys and values are kept: `fp32`, `fp16`, `bf16`, `fp8`, `int8`, `int4`, `int2`, with options such
                 as `int4:group=64` (docs/kv_formats.md); `auto`: as the model computes.
             kv_budget: bytes that the keys and values of all sessions may take together; None: no limit.
+            weights: how weights are read in decode on a CPU: `auto`, `own` or `int8` (see `hf.loading.load`); a model
+                that is given knows it already.
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
             store: where sessions are saved; None: the user's folder.
             say: told in a line what takes long.
@@ -89,7 +92,7 @@ class LLM:
         Raises:
             UnknownNameError: unknown model, mechanism or option.
             ModelError: the model can't be loaded or run.
-            UsageError: no such device, or a format that the number type can't hold.
+            UsageError: no such device or way to read weights, or a format that the number type can't hold.
         """
         chosen = None if attention in (None, _AUTO) else parse(attention)
         self.prefill_by = None if prefill is None else parse(prefill)
@@ -99,7 +102,7 @@ class LLM:
         if (count := settings.threads()) is not None:
             torch.set_num_threads(count)
         name = model or settings.default_model()
-        self.model = load(name, device=device, dtype=dtype, say=say) if isinstance(name, str) else name
+        self.model = load(name, device=device, dtype=dtype, weights=weights, say=say) if isinstance(name, str) else name
         self.attention: Mechanism | None = chosen
         self._kv_format = None if kv == formats.AUTO else formats.format_of(kv, self.model.dtype).describe()
         self.kv_budget = Budget(kv_budget, "KV")

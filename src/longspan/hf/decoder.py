@@ -202,6 +202,7 @@ def _norm(module: Any) -> _Norm:
     return _Norm(module.weight.detach().float(), float(getattr(module, "variance_epsilon", 1e-6)))
 
 
+@torch.inference_mode(mode=False)  # the modules' weights may be trained on
 @torch.no_grad()
 def _product(linears: Sequence[nn.Linear], weights: str) -> Product:
     """Return the product with the rows of several linear layers, one below the other."""
@@ -210,7 +211,9 @@ def _product(linears: Sequence[nn.Linear], weights: str) -> Product:
     bias = None
     if any(each.bias is not None for each in linears):
         # Some of them may have none.
-        biases = [rows.new_zeros(each.out_features) if each.bias is None else each.bias for each in linears]
+        biases: list[Tensor] = [
+            rows.new_zeros(each.out_features) if each.bias is None else each.bias for each in linears
+        ]
         bias = torch.cat(biases)
     small = None if weights == "own" else packed.pack(rows, lossy=weights == "int8")
     if small is not None:

@@ -27,6 +27,8 @@ from longspan.hf.one_token import use_one_token_linear
 from longspan.hf.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
+WEIGHTS = ("auto", "own", "int8")
+"""How weights may be read in decode; see `load`."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,7 +57,12 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str, *, device: str = "auto", dtype: torch.dtype | None = None, say: Say = lambda _: None
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    weights: str = "auto",
+    say: Say = lambda _: None,
 ) -> CausalModel:
     """Load a model and its tokenizer.
 
@@ -63,13 +70,19 @@ def load(
         name: a short name of the catalogue, a GGUF file, a folder with config.json, or a hub name `owner/model`.
         device: `auto`, `cpu` or `cuda`.
         dtype: None: chosen for the device.
+        weights: how a CPU that decodes in bfloat16 reads them, where the model is a plain decoder (`decoder.py`):
+            `auto`, in 4 or 8 bits where they lie on such a grid (a GGUF file's) and nothing is lost; `own`, as they
+            are; `int8`, all in 8 bits, 4 times what rounding to bfloat16 loses. Documents are read with them as they
+            are.
         say: told in a line what takes long.
 
     Raises:
         UnknownNameError: nothing of that name.
         ModelError: it can't be fetched, read or run by Longspan.
-        UsageError: no such device.
+        UsageError: no such device, or another word for `weights`.
     """
+    if weights not in WEIGHTS:
+        raise UsageError(f"unknown weights {weights!r}: use one of {', '.join(WEIGHTS)}")
     on = pick_device(device)
     dtype = dtype or pick_dtype(on)
     source = _source(name, say)
@@ -85,7 +98,7 @@ def load(
         del told
     model = model.to(on).eval()
     use_one_token_linear(model)
-    return CausalModel(name, model, tokenizer)
+    return CausalModel(name, model, tokenizer, weights)
 
 
 def load_tokenizer(name: str, *, say: Say = lambda _: None) -> Tokenizer:
