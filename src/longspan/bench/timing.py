@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Call = Callable[[], Tensor]
+"""What is timed: prepared, without arguments."""
+
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
 _MATMUL = {"cuda": 8192, "cpu": 512}
 _LEAST_TURNS = 5
@@ -91,7 +94,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def captured(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+def captured(calls: Sequence[Call]) -> tuple[Callable[[], None], list[Tensor]]:
     """Capture calls, one after another, in a CUDA graph; return what replays it and the tensors that it writes.
 
     Raises:

@@ -16,9 +16,9 @@ import torch
 from longspan.bench import timing
 from longspan.bench.attention import checks, floors
 from longspan.bench.attention.inputs import Inputs
-from longspan.bench.attention.sides import Call, Side
+from longspan.bench.attention.sides import Side
 from longspan.bench.attention.truth import Row
-from longspan.bench.timing import Peaks
+from longspan.bench.timing import Call, Peaks
 from longspan.errors import LongspanError
 
 WHATS = ("decode", "prefill", "backward")
@@ -108,7 +108,7 @@ class Measured:
         with torch.no_grad():
             calls[0]()  # compiles
             extra, _ = _with_memory(calls[0], self.device)
-            graph = side.graphs and self.device.type == "cuda"
+            graph = side.graphs(self.device)
             if graph:
                 replay, outs = timing.captured(calls)
                 for out in outs:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -22,10 +21,10 @@ from torch.nn.attention.bias import causal_lower_right
 from longspan.attention import Mechanism, attend, make
 from longspan.attention.superlinear import Superlinear
 from longspan.bench.attention.inputs import Inputs
+from longspan.bench.timing import Call
 
 OURS = "longspan"
 PEERS = ("superlinear", "sdpa")
-Call = Callable[[], Tensor]
 
 _OURS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 """Greatest error of a row's output, over the row's length: outputs and weights are rounded to the type."""
@@ -39,8 +38,6 @@ class Side(ABC):
     name: ClassVar[str]
     truth: Mechanism
     """What its outputs must be."""
-    graphs: ClassVar[bool] = True
-    """Whether its decode step can be captured in a CUDA graph."""
 
     @property
     def dense(self) -> bool:
@@ -50,6 +47,10 @@ class Side(ABC):
     @abstractmethod
     def tolerance(self, dtype: torch.dtype) -> float:
         """Return the greatest error of a row's output over its length that is no mistake."""
+
+    def graphs(self, device: torch.device) -> bool:
+        """Return whether its decode step can be captured in a CUDA graph there."""
+        return device.type == "cuda"
 
     def missing(self, what: str, inputs: Inputs) -> str | None:
         """Return why it can't be measured, with inputs such as these; None: it can."""
@@ -68,7 +69,6 @@ class Ours(Side):
     """A mechanism of Longspan."""
 
     name = OURS
-    graphs = False
 
     def __init__(self, mechanism: Mechanism) -> None:
         """Measure this mechanism."""
@@ -77,6 +77,10 @@ class Ours(Side):
     def tolerance(self, dtype: torch.dtype) -> float:
         """See `Side`."""
         return _OURS[dtype]
+
+    def graphs(self, device: torch.device) -> bool:
+        """See `Side`."""
+        return False
 
     def decode(self, inputs: Inputs) -> Call:
         """See `Side`."""
