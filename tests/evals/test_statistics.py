@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.evals.questions.scoring import wilson
-from longspan.evals.statistics import Interval, averaged, interval
+from longspan.evals.statistics import Interval, averaged, interval, shared
 
 
 def every_mean(values):
@@ -73,6 +73,18 @@ def test_an_average_counts_each_part_once():
     assert found.mean == pytest.approx(0.7) and found.count == 12
     assert averaged(parts[:1]) == parts[0]
     assert 0.7 - found.low < sum(part.mean - part.low for part in parts) / 2, "ends do not all lie on one side at once"
+
+
+def test_parts_that_share_their_questions_are_drawn_together():
+    values = {i: float(i % 3 == 0) for i in range(30)}
+    alone, same = interval(list(values.values())), shared([values] * 4)
+    assert (same.mean, same.low, same.high) == (alone.mean, alone.low, alone.high) and same.count == 120
+    apart = averaged([alone] * 4)
+    assert apart.high - apart.low < (same.high - same.low) / 1.8, "what adding squares would promise"
+    opposite = shared([values, {i: 1 - value for i, value in values.items()}])
+    assert opposite.mean == 0.5 and opposite.high < 0.6, "what evens out within each question leaves Wilson's width"
+    assert shared([values, {0: 1.0, 99: 0.0}]) == Interval(1.0, shared([{0: 1.0}]).low, 1.0, 2)
+    assert shared([values, {99: 1.0}]) is None
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,8 +8,8 @@ interval in any order. It does not know what is scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -72,3 +72,26 @@ def averaged(parts: Sequence[Interval]) -> Interval:
     low = mean - math.sqrt(sum((part.mean - part.low) ** 2 for part in parts)) / count
     high = mean + math.sqrt(sum((part.high - part.mean) ** 2 for part in parts)) / count
     return Interval(mean, low, high, sum(part.count for part in parts))
+
+
+def shared(
+    parts: Sequence[Mapping[Hashable, float]], least: float | None = 0.0, most: float | None = 1.0
+) -> Interval | None:
+    """Return the mean of parts that ask the same questions, and its interval.
+
+    Such parts rise and fall together, so that adding squares would promise too much: questions are drawn, each with its
+    mean over all parts. Those that a part lacks are left out.
+
+    Args:
+        parts: of each, values by question.
+        least: see `interval`.
+        most: see `interval`.
+
+    Returns:
+        None: there is no question that all parts have.
+    """
+    questions = set.intersection(*(set(part) for part in parts))
+    if not questions:
+        return None
+    found = interval([sum(part[question] for part in parts) / len(parts) for question in questions], least, most)
+    return replace(found, count=found.count * len(parts))

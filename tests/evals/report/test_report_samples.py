@@ -116,6 +116,31 @@ def test_differences_are_taken_question_by_question(entry):
     assert sections.differences(scores(*base)) is None
 
 
+def test_tasks_of_the_same_questions_are_averaged_question_by_question(entry):
+    def rows(name):
+        return [
+            entry(float((i < 6) if who == "dense" else (i < 3)), i, eval=name, task=task, mechanism=who)
+            for who in ("dense", "quest")
+            for task in ("a", "b", "c", "d")
+            for i in range(12)
+        ]
+
+    alike, apart = scores(*rows("rot"), name="rot"), scores(*rows("ruler"))
+    dense, quest = alike.names
+    for found in (alike, apart):
+        assert found.cell(dense, AVERAGE, 4096).score.mean == 0.5 and found.cell(dense, AVERAGE, 4096).score.count == 48
+        assert found.differences()[quest, 4096].mean == -0.25
+    assert alike.cell(dense, AVERAGE, 4096).score.low == alike.cell(dense, "a", 4096).score.low
+    width = [found.differences()[quest, 4096].high - found.differences()[quest, 4096].low for found in (alike, apart)]
+    assert width[0] > 1.8 * width[1]
+
+
+def test_questions_made_of_different_texts_are_told(entry):
+    assert make([entry(), entry(number=1)]).notes == []
+    (note,) = make([entry(), entry(number=1, questions="other")]).notes
+    assert note.startswith("Questions of ruler were made of different texts")
+
+
 def test_perplexities_are_means_of_likelihoods(entry):
     given = {"eval": "perplexity", "scoring": "probability"}
     rows = [entry(0.5, i, measures={"nll": nll}, **given) for i, nll in enumerate([0.6, 0.8])]

@@ -11,7 +11,8 @@ from typing import Any
 
 from longspan.evals.asking.rows import Row, contender, row_of
 from longspan.evals.journal import Entry, merged
-from longspan.evals.statistics import Interval, averaged, interval
+from longspan.evals.questions.registry import evaluation
+from longspan.evals.statistics import Interval, averaged, interval, shared
 
 AVERAGE = "average"
 """Stands for all tasks in a table."""
@@ -48,8 +49,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (who, length), each in parts.items():
         if len(each) > 1:
             every = [row for _, group in each for row in group]
-            # Each task counts once, whichever has more questions.
-            mean = averaged([part for part, _ in each])
+            mean = _average([part for part, _ in each], [group for _, group in each])
             chance = sum(sum(row.chance for row in group) / len(group) for _, group in each) / len(each)
             lines.append(_line(who, AVERAGE, length, every, _percent(mean, every) | {"chance": round(100 * chance, 1)}))
     return lines
@@ -62,6 +62,14 @@ def cells(lines: Sequence[dict[str, Any]]) -> tuple[list[int], list[list[str]]]:
     named = dict.fromkeys((line["contender"], line["task"]) for line in lines if line["task"] != AVERAGE)
     named |= dict.fromkeys((line["contender"], line["task"]) for line in lines if line["task"] == AVERAGE)
     return lengths, [[*who, *(_cell(known.get((*who, length))) for length in lengths)] for who in named]
+
+
+def _average(parts: Sequence[Interval], groups: Sequence[Sequence[Row]]) -> Interval:
+    """Return the mean of tasks, each counted once, whichever has more questions, and its interval."""
+    together = None
+    if evaluation(groups[0][0].eval).paired:
+        together = shared([{(row.seed, row.question): row.score for row in group} for group in groups])
+    return together or averaged(parts)
 
 
 def _line(who: str, task: str, length: int, group: Sequence[Row], found: dict[str, float]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _BESIDE = 0.45
 """The share of the smallest distance between two lengths over which curves are spread, so that intervals at one length
 stand side by side."""
+_SEEN = 0.01
+"""What guessing scores, from which on a line tells it."""
 
 Curve = tuple[str, int, Sequence[tuple[int, Cell]]]
 """A name, the number of its style, and its cells by length."""
@@ -118,7 +120,7 @@ def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, lege
                 label=name,
                 **look(style),
             )
-        chances = {round(cell.chance, 3) for _, _, cells in curves for _, cell in cells if cell.chance}
+        chances = {round(cell.chance, 3) for _, _, cells in curves for _, cell in cells if cell.chance >= _SEEN}
         if len(chances) == 1:  # where tasks differ in it, a line would be nobody's
             axis.axhline(100 * chances.pop(), color="#8C8C8C", linewidth=0.9, linestyle=":", label="guessing")
         axis.set_xscale("log", base=2)
@@ -154,6 +156,8 @@ def _byte_ticks(axis: Axes, counts: Sequence[float]) -> None:
     ticks = [lead * 10.0**power for power in powers for lead in (1, 2, 5) if low <= lead * 10.0**power <= high]
     if len(ticks) > 8:
         ticks = [tick for tick in ticks if math.log10(tick) % 1 < 1e-9]
+    if len(ticks) < 2:
+        ticks = [min(counts), max(counts)]
     axis.set_xticks(ticks, [size(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_xlim(low, high)

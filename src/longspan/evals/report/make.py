@@ -19,7 +19,7 @@ from longspan.evals.report import sections
 from longspan.evals.report.asides import Aside, asides
 from longspan.evals.report.drawing import Panel, available, png, put, svg
 from longspan.evals.report.page import Fold, Part, Picture, Section, Table, Value, page
-from longspan.evals.report.samples import samples
+from longspan.evals.report.samples import Asked, samples
 from longspan.evals.report.scores import Scores
 
 PAGE = "report.html"
@@ -72,6 +72,13 @@ def make(entries: Sequence[Entry]) -> Report:
         notes.append(f"{twice:,} rows answer a question that another row answered before: they are left out.")
     if failed := sum(bool(sample.reason) for sample in found):
         notes.append(f"{failed:,} of {len(found):,} questions got no answer and count as wrong: see why below.")
+    made_of: dict[tuple[str, str, Asked], set[str]] = {}
+    for sample in found:
+        made_of.setdefault((sample.eval, sample.task, sample.asked), set()).add(sample.made_of)
+    for name in dict.fromkeys(key[0] for key, hashes in made_of.items() if len(hashes) > 1):
+        notes.append(
+            f"Questions of {name} were made of different texts, tokenizers or versions: their scores are mixed."
+        )
     about = merged(entries)
     told = {name: value for name, value in about.items() if isinstance(value, str | int | float)}
     return Report(scores, others, told, notes)
@@ -126,10 +133,11 @@ def _section(scores: Scores, report: Report, folder: Path) -> tuple[Section, lis
 
     parts: list[Part] = [*sections.overview(scores)]
     parts += [table for table in (sections.differences(scores), sections.failures(scores)) if table]
+    what = scores.scale.name.capitalize()
     kinds = (
-        ("Score against length", "length", sections.lengths(scores)),
+        (f"{what} against length", "length", sections.lengths(scores)),
         ("Needles by depth and length", "needles", sections.maps(scores)),
-        ("Score against bytes kept", "bytes", sections.bytes_kept(scores)),
+        (f"{what} against bytes kept", "bytes", sections.bytes_kept(scores)),
     )
     for heading, name, panels in kinds:
         if pictures := drawn(heading, name, panels):

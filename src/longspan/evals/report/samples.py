@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from longspan import specs
 from longspan.errors import UsageError
 from longspan.evals.asking import rows
 from longspan.evals.journal import Entry
+from longspan.evals.questions import registry
 
 
 class Asked(NamedTuple):
@@ -42,12 +44,16 @@ class Sample:
     asked: Asked
     score: float
     """From 0 to 1."""
+    shared: Hashable = None
+    """The question apart from its task, where every task of the eval asks the same; None: each asks its own."""
     nll: float | None = None
     """Where a text's probability was measured: the mean negative log-likelihood of its tokens, natural logarithm."""
     chance: float = 0.0
     """The mean score of whoever guesses; 0: unknown, or none."""
     kind: str = ""
     """Of tasks that differ in depth alone: what they have in common; empty: a task is not one depth of several."""
+    made_of: str = ""
+    """A hash of what the question was made of; empty: unknown."""
     depth: float | None = None
     """Where the only needle lies, from 0 to 1; None: there is none, or several."""
     kept_bytes: int = 0
@@ -129,8 +135,10 @@ def _generated(entry: Entry) -> Sample:
             Path(row.model).name, row.fingerprint, row.dtype, rows.contender(row) or "auto", rows.contender(family)
         ),
         score=row.score,
+        shared=(row.seed, row.question) if _paired(row.eval) else None,
         nll=row.measures.get("nll"),
         chance=row.chance,
+        made_of=row.questions,
         kind=str(row.parameters.get("kind", "")) if wanted is not None else "",
         depth=float(depth) if isinstance(depth, int | float) else None,
         kept_bytes=row.kept_bytes,
@@ -175,6 +183,11 @@ def _needle(entry: Entry) -> Sample:
         answer=str(row["answer"]),
         wanted=str(row["wanted"]),
     )
+
+
+@cache
+def _paired(name: str) -> bool:
+    return name in registry.names() and registry.evaluation(name).paired
 
 
 def _model(entry: Entry) -> str:

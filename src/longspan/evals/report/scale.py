@@ -6,10 +6,10 @@ It does not know where figures come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from longspan.evals.statistics import Interval, interval
+from longspan.evals.statistics import Interval
 
 
 def _same(value: float) -> float:
@@ -39,14 +39,17 @@ class Scale:
     """Turns a mean of differences of values into a figure."""
     difference_title: str
 
-    def interval(self, values: Sequence[float]) -> Interval:
-        """Return mean and 95 % interval of values."""
-        return interval(values, self.least, self.most)
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """What a value can be."""
+        return self.least, self.most
 
-    def between(self, differences: Sequence[float]) -> Interval:
-        """Return mean and 95 % interval of differences of values."""
-        span = None if self.least is None or self.most is None else self.most - self.least
-        return interval(differences, None if span is None else -span, span)
+    @property
+    def difference_bounds(self) -> tuple[float | None, float | None]:
+        """What a difference of two values can be."""
+        if self.least is None or self.most is None:
+            return None, None
+        return self.least - self.most, self.most - self.least
 
     def written(self, value: float) -> str:
         """Return a mean for people."""

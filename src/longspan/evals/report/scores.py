@@ -12,7 +12,7 @@ from typing import Any
 
 from longspan.evals.report.samples import Asked, Sample, names
 from longspan.evals.report.scale import PERCENT, PERPLEXITY
-from longspan.evals.statistics import Interval, averaged
+from longspan.evals.statistics import Interval, averaged, interval, shared
 
 AVERAGE = "average"
 """Stands for all tasks."""
@@ -48,19 +48,15 @@ class Scores:
         self._groups = groups
         self.cells = {key: cell for key, group in groups.items() if (cell := self._cell(group)) is not None}
         self.averages = {
-            (who, length): _average(parts)
+            (who, length): self._average(who, length)
             for who in self.names
             for length in self.lengths
-            if len(parts := [c for task in self.tasks if (c := self.cells.get((who, task, length)))]) == len(self.tasks)
+            if all((who, task, length) in self.cells for task in self.tasks)
         }
 
     def cell(self, who: Asked, task: str, length: int) -> Cell | None:
         """Return a cell, of `AVERAGE` as well; None: nothing was asked, or not every task."""
         return self.averages.get((who, length)) if task == AVERAGE else self.cells.get((who, task, length))
-
-    def group(self, who: Asked, task: str) -> list[Sample]:
-        """Return the samples of one task at every length."""
-        return [sample for length in self.lengths for sample in self._groups.get((who, task, length), ())]
 
     def rows(self) -> list[str]:
         """Return the tasks, and `AVERAGE` where there are several and someone was asked them all."""
@@ -83,9 +79,9 @@ class Scores:
         found = {}
         for who in others:
             for length in self.lengths:
-                parts = [self._difference(first, who, task, length) for task in self.tasks]
-                if there := [part for part in parts if part is not None]:
-                    found[who, length] = averaged(there)
+                parts = [self._differences(first, who, task, length) for task in self.tasks]
+                if there := [part for part in parts if part]:
+                    found[who, length] = self._together(there, self.scale.difference_bounds)
         return found
 
     def lines(self) -> list[dict[str, Any]]:
@@ -100,14 +96,20 @@ class Scores:
                         )
         return found
 
-    def _difference(self, first: Asked, who: Asked, task: str, length: int) -> Interval | None:
-        base = self._by_question(self._groups.get((first, task, length), ()))
-        own = self._by_question(self._groups.get((who, task, length), ()))
-        shared = [own[question] - base[question] for question in own if question in base]
-        return self.scale.between(shared) if shared else None
+    def _differences(self, first: Asked, who: Asked, task: str, length: int) -> dict[Hashable, float]:
+        base, own = (self._by_question(each, task, length) for each in (first, who))
+        return {question: own[question] - base[question] for question in own if question in base}
 
-    def _by_question(self, group: Sequence[Sample]) -> dict[Hashable, float]:
-        return {sample.question: value for sample in group if (value := self._value(sample)) is not None}
+    def _by_question(self, who: Asked, task: str, length: int) -> dict[Hashable, float]:
+        """Return values by question; by what tasks share of it, where they ask the same."""
+        group = self._groups.get((who, task, length), ())
+        return {s.shared or s.question: value for s in group if (value := self._value(s)) is not None}
+
+    def _together(self, parts: Sequence[dict[Hashable, float]], bounds: tuple[float | None, float | None]) -> Interval:
+        """Return the mean of tasks, each counted once, and its interval."""
+        if self.samples[0].shared and (found := shared(parts, *bounds)) is not None:
+            return found
+        return averaged([interval(list(part.values()), *bounds) for part in parts])
 
     def _value(self, sample: Sample) -> float | None:
         return sample.score if self.scale is PERCENT else sample.nll
@@ -117,10 +119,19 @@ class Scores:
         if not values:
             return None
         return Cell(
-            score=self.scale.interval(values),
+            score=interval(values, *self.scale.bounds),
             chance=_mean([sample.chance for sample in group]),
             kept_bytes=_mean([sample.kept_bytes for sample in group if sample.kept_bytes]),
             failed=sum(bool(sample.reason) for sample in group),
+        )
+
+    def _average(self, who: Asked, length: int) -> Cell:
+        cells = [self.cells[who, task, length] for task in self.tasks]
+        return Cell(
+            score=self._together([self._by_question(who, task, length) for task in self.tasks], self.scale.bounds),
+            chance=_mean([cell.chance for cell in cells]),
+            kept_bytes=_mean([cell.kept_bytes for cell in cells if cell.kept_bytes]),
+            failed=sum(cell.failed for cell in cells),
         )
 
     def _told(self, cell: Cell) -> dict[str, Any]:
@@ -132,15 +143,6 @@ class Scores:
             **({"kept_bytes": round(cell.kept_bytes)} if cell.kept_bytes else {}),
             **({"failed": cell.failed} if cell.failed else {}),
         }
-
-
-def _average(parts: Sequence[Cell]) -> Cell:
-    return Cell(
-        score=averaged([part.score for part in parts]),
-        chance=_mean([part.chance for part in parts]),
-        kept_bytes=_mean([part.kept_bytes for part in parts if part.kept_bytes]),
-        failed=sum(part.failed for part in parts),
-    )
 
 
 def _mean(values: Sequence[float]) -> float:

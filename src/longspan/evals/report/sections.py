@@ -130,15 +130,14 @@ def worst(scores: Scores) -> Table | None:
 
 def lengths(scores: Scores) -> list[Panel]:
     """Return the main pictures of scores against length."""
-    if len(scores.names) == 1 and 1 < len(scores.tasks) <= _CURVES:
+    if len(scores.names) == 1 and 1 < len(scores.tasks) <= _CURVES and not _depths(scores):
         return [by_task(scores, who) for who in scores.names]
     return [by_length(scores, task) for task in ([scores.whole] if scores.whole else scores.tasks)]
 
 
 def single_tasks(scores: Scores) -> list[Panel]:
     """Return a picture a task, where the main ones do not tell them apart."""
-    depths = all(sample.kind for sample in scores.samples)  # the maps tell these apart
-    if depths or scores.whole != AVERAGE or (len(scores.names) == 1 and len(scores.tasks) <= _CURVES):
+    if _depths(scores) or scores.whole != AVERAGE or (len(scores.names) == 1 and len(scores.tasks) <= _CURVES):
         return []
     return [by_length(scores, task) for task in scores.tasks]
 
@@ -159,6 +158,11 @@ def counted(scores: Scores) -> str:
     questions = len({(sample.task, sample.length, sample.question) for sample in scores.samples})
     parts = ((questions, "question"), (len(scores.tasks), "task"), (len(scores.samples), "answer"))
     return ", ".join(f"{count:,} {what}" + "s" * (count != 1) for count, what in parts) + "."
+
+
+def _depths(scores: Scores) -> bool:
+    """Return whether tasks are depths of a grid: maps tell these apart, not curves."""
+    return all(sample.kind for sample in scores.samples)
 
 
 def _head(scores: Scores, first: str) -> list[str]:
