@@ -15,7 +15,8 @@ def test_compare_prints_one_object_and_goes_on_where_it_was(cli, home: Path):
     found = json.loads(out)
     assert [row["mechanism"] for row in found["rows"]] == ["dense", "streaming", "quest"]
     assert found["device"] and found["command"].startswith("longspan eval compare")
-    assert [Path(name).read_bytes()[:4] for name in found["pictures"]] == [b"\x89PNG"]
+    assert found["files"] == ["found/report.html", "found/compare-600.png"]
+    assert Path(found["files"][1]).read_bytes()[:4] == b"\x89PNG" and "quest" in Path(found["files"][0]).read_text()
     lines = Path("found/rows.jsonl").read_text().splitlines()
     code, again, _ = cli("eval", "compare", *SMALL, "--out", "found", "--json")
     assert code == 0 and json.loads(again)["rows"] == found["rows"]

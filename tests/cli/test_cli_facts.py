@@ -30,6 +30,7 @@ def test_a_stopped_run_goes_on_and_files_are_merged(cli, home: Path):
     code, out, err = cli("eval", "facts", *SMALL, "--out", "rows.jsonl", "--minutes", "1e-9")
     assert code == 0 and "3 of 4 questions left: the same command goes on from rows.jsonl" in err
     assert cli("eval", "facts", *SMALL, "--out", "rows.jsonl")[0] == 0
+    assert "Facts in a haystack, twofact" in Path("rows-report/report.html").read_text()
     code, out, err = cli("eval", "facts", "--merge", "rows.jsonl")
     assert (code, err) == (0, "")
     assert "own words" in out and "streaming:window=64" in out and len(Path("rows.jsonl").read_text().splitlines()) == 6

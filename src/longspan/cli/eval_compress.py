@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.cli import options, output, work
+from longspan.cli import eval_report, options, output, work
 from longspan.cli.progress import Progress
 from longspan.errors import Cancelled, UsageError
 from longspan.lengths import lengths_of
@@ -62,7 +62,7 @@ def compress(
     device: options.Device = "auto",
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="FOLDER", help="Keep rows and a picture here; a run that was stopped goes on."),
+        typer.Option("--out", metavar="FOLDER", help="Keep rows and a report here; a run that was stopped goes on."),
     ] = None,
     json: options.AsJson = False,
 ) -> None:
@@ -81,7 +81,7 @@ def compress(
     with Progress() as progress, contextlib.ExitStack() as stack:
         text = work.prose_of(doc, progress)
         from longspan.evals.compress import cases, folder_of
-        from longspan.evals.compress_report import COLUMNS, picture, table
+        from longspan.evals.compress_report import COLUMNS, table
         from longspan.evals.compress_run import PRESSES, WAYS, Given, run
         from longspan.evals.environment import environment
         from longspan.evals.journal import in_folder
@@ -120,20 +120,15 @@ def compress(
         except (KeyboardInterrupt, Cancelled) as error:
             again = f"the same command goes on from {out}" if out else "nothing is kept without --out FOLDER"
             raise Cancelled(f"stopped: {again}") from error
-        pictures = []
-        if out is not None:
-            file = Path(out) / "compress.png"
-            picture(rows, f"{Path(llm.model.name).name}, {tokens:,} tokens, {dtype}, {about['device']}", file)
-            pictures.append(str(file))
+        files = [] if out is None else eval_report.end(Path(out), progress)
     if json:
-        output.write_json({**about, "of": of, "rows": rows, "pictures": pictures})
+        output.write_json({**about, "of": of, "rows": rows, "files": files})
         return
     shown = output.table(*COLUMNS)
     for line in table(rows):
         shown.add_row(*line)
     output.write_rich(shown)
-    for name in pictures:
-        output.say(f"picture: {name}")
+    eval_report.tell(files)
 
 
 def _ratios(text: str) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.cli import options, output
+from longspan.cli import eval_report, options, output
 from longspan.cli.progress import Progress
 from longspan.errors import UsageError
 from longspan.evals.facts import KINDS
@@ -43,7 +43,11 @@ def facts(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="FILE.jsonl", help="Append every answer here, and go on from what it holds."),
+        typer.Option(
+            "--out",
+            metavar="FILE.jsonl",
+            help="Append every answer here, and go on from what it holds; the report has a folder beside it.",
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", metavar="M", help="Stop after the question asked at that time.")
@@ -76,11 +80,15 @@ def facts(
             merge=[Path(name) for name in files or []] or None,
         )
         result = measure(given, f"longspan eval facts {shlex.join(sys.argv[3:])}", progress.say)
+        # Its journal is a file, which has neighbours that are none of it: the report has a folder of its own.
+        home = None if out is None else Path(out).with_name(f"{Path(out).stem}-report")
+        files = [] if out is None else eval_report.end(Path(out), progress, home)
     if json:
-        output.write_json(result)
+        output.write_json({**result, "files": files})
         return
     columns = ("mechanism", "kind", "length", "questions", "right", "own_words", "ranked_first", "cited")
     shown = output.table(*columns[:2], *(f">{name.replace('_', ' ')}" for name in columns[2:]))
     for line in result["table"]:
         shown.add_row(*(str(line[name]) for name in columns))
     output.write_rich(shown)
+    eval_report.tell(files)

@@ -66,7 +66,7 @@ DType = Annotated[
 ]
 Out = Annotated[
     str | None,
-    typer.Option("--out", metavar="FOLDER", help="Keep answers and pictures here; a run that was stopped goes on."),
+    typer.Option("--out", metavar="FOLDER", help="Keep answers and a report here; a run that was stopped goes on."),
 ]
 Minutes = Annotated[
     float | None, typer.Option("--minutes", metavar="M", help="Stop after the question asked at that time.")

@@ -52,12 +52,21 @@ def report(
     tell(files)
 
 
-def end(folder: Path, progress: Progress) -> list[str]:
-    """Write the report of all journals in a folder, as every eval does at its end, and return the files."""
+def end(run: Path, progress: Progress, folder: Path | None = None) -> list[str]:
+    """Write the report of a run, as every eval does at its end, and return the files.
+
+    Args:
+        run: a folder with journals, or one journal.
+        progress: told what is being drawn.
+        folder: where the report goes; None: to the run.
+
+    Raises:
+        SaveError: it can't be written.
+    """
     from longspan.evals.report.make import make
     from longspan.evals.report.reading import entries
 
-    return write(make(entries([folder])), folder, progress)
+    return write(make(entries([run])), folder or run, progress)
 
 
 def write(found: Report, folder: Path, progress: Progress) -> list[str]:

@@ -108,7 +108,7 @@ def run(
                 )
             done = rows.answered([*journal.entries, *elsewhere])
         result = tables.summary([done[each.key] for each in asked if each.key in done])
-        files = [] if given.out is None else eval_report.end(Path(given.out), progress)
+        files = [] if given.out is None or not result["rows"] else eval_report.end(Path(given.out), progress)
     if given.json:
         output.write_json({**result, "files": files})
         return

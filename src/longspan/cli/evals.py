@@ -63,7 +63,7 @@ def compare(
     device: options.Device = "auto",
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="FOLDER", help="Keep rows and pictures here; a run that was stopped goes on."),
+        typer.Option("--out", metavar="FOLDER", help="Keep rows and a report here; a run that was stopped goes on."),
     ] = None,
     json: options.AsJson = False,
 ) -> None:
@@ -80,7 +80,7 @@ def compare(
         from longspan.evals.arguments import specs_of
         from longspan.evals.asking.engines import choosing
         from longspan.evals.compare import Row, Task, measure
-        from longspan.evals.compare_report import COLUMNS, picture, table
+        from longspan.evals.compare_report import COLUMNS, table
         from longspan.evals.environment import environment
         from longspan.evals.journal import in_folder
 
@@ -110,21 +110,15 @@ def compare(
                     journal.append({"task": same, "row": asdict(row)})
                     mine.append({"row": asdict(row)})
                 rows += [each["row"] for each in mine]
-        pictures = []
-        if out is not None:
-            for length in wanted:
-                file = Path(out) / f"compare-{length}.png"
-                picture([row for row in rows if row["length"] == length], f"{llm.model.name}, {about['device']}", file)
-                pictures.append(str(file))
+        files = [] if out is None else eval_report.end(Path(out), progress)
     if json:
-        output.write_json({**about, "rows": rows, "pictures": pictures})
+        output.write_json({**about, "rows": rows, "files": files})
         return
     shown = output.table(*COLUMNS)
     for line in table(rows):
         shown.add_row(*line)
     output.write_rich(shown)
-    for name in pictures:
-        output.say(f"picture: {name}")
+    eval_report.tell(files)
 
 
 def _tokens(llm: LLM, text: str, count: int) -> list[int]:
