@@ -3,11 +3,11 @@
     python -m benchmarks.ruler --out found --minutes 8 --workers 6 --device cuda
     python -m benchmarks.ruler --out found --result > benchmarks/results/ruler-h100.json
 
-Several processes share one GPU, since a small model leaves most of it idle; each asks every N-th question and writes a
-journal of its own, as the shards of `longspan eval ruler` do. Dense comes first, for two fifths of the time at most;
-within each part questions take turns over tasks, lengths and mechanisms, so that a run that ends early is balanced.
-The same command goes on where it was stopped. A mechanism that fails is left out from there on, and its error is told
-at the end.
+Several processes share one GPU (or `--gpus N`), since a small model leaves most of it idle; each asks every N-th
+question and writes a journal of its own, as the shards of `longspan eval ruler` do. Dense comes first, then the
+mechanisms, then those whose decode steps take many times as long; within each part questions take turns over tasks,
+lengths and mechanisms, so that a run that ends early is balanced. The same command goes on where it was stopped. A
+mechanism that fails is left out from there on, and its error is told at the end.
 """
 
 from __future__ import annotations
@@ -44,15 +44,17 @@ from longspan.lengths import lengths_of  # noqa: E402
 
 _LEFT_OUT = ("answer", "wanted", "depths", "parameters")
 """Fields of rows that a committed result does without: they follow from the seed, or are long."""
-_DENSE = 0.4
-"""Of the time, what dense may take."""
+_UNTIL = (0.3, 0.8, 1.0)
+"""Shares of the time at which the parts end at the latest."""
+_SLOW = "tree superlinear"
+"""Mechanisms whose decode step is many times dense's today: hundreds of small operations a layer."""
 _BETWEEN = 10.0
 """Seconds between two looks at what the workers have done."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Questions that are asked one after another: dense ones, then those of mechanisms."""
+    """Questions that take turns."""
 
     given: Given
     specs: list[str]
@@ -77,8 +79,15 @@ def parts(options: argparse.Namespace) -> list[Part]:
     """Return what is to be asked."""
     dense = Given(RULER, named(RULER, options.tasks), lengths_of(options.lengths), options.questions, options.seed)
     less = replace(dense, lengths=lengths_of(options.share_lengths), questions=options.share_questions)
-    specs = list(choosing()) if options.mechanisms == "all" else options.mechanisms.split()
-    return [Part(dense, ["dense"], []), Part(less, specs, options.shares.split(","))]
+    every, shares = list(choosing()), options.shares.split(",")
+    if options.mechanisms == "each":
+        # Of a mechanism in several forms the first.
+        specs = list({spec.partition(":")[0]: spec for spec in reversed(every)}.values())[::-1]
+    else:
+        specs = every if options.mechanisms == "all" else options.mechanisms.split()
+    slow = [spec for spec in specs if spec.partition(":")[0] in options.slow.split()]
+    quick = [spec for spec in specs if spec not in slow]
+    return [Part(dense, ["dense"], []), Part(less, quick, shares), Part(less, slow, shares)]
 
 
 def work(options: argparse.Namespace) -> None:
@@ -96,7 +105,7 @@ def work(options: argparse.Namespace) -> None:
 
     with in_folder(options.out, f"ruler-{mine}of{count}.jsonl") as journal:
         elsewhere = entries(Path(options.out), leave_out=journal.file)
-        for part, share in zip(parts(options), (_DENSE, 1.0), strict=True):
+        for part, share in zip(parts(options), _UNTIL, strict=True):
             until = began + 60 * options.minutes * share
             engines = Engines(asker, ways(part.specs, part.budgets), leave_out=say, local=Watched)
             asked = plan(part.given, engines.at)[mine - 1 :: count]
@@ -144,6 +153,8 @@ def lead(options: argparse.Namespace, told: list[str]) -> None:
     for i, log in enumerate(logs):
         with log.open("w") as stream:
             shard = ["--shard", f"{i + 1}/{options.workers}"]
+            if options.gpus > 1:
+                own["CUDA_VISIBLE_DEVICES"] = str(i % options.gpus)
             workers.append(subprocess.Popen([*given, *shard], stdout=stream, stderr=stream, env=own))
     try:
         while any(worker.poll() is None for worker in workers):
@@ -208,10 +219,12 @@ def _options(told: list[str]) -> argparse.Namespace:
     made.add_argument("--dtype", default="float32", help="default: %(default)s")
     made.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="time limit, loading included")
     made.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: %(default)s")
+    made.add_argument("--gpus", type=int, default=1, metavar="N", help="that workers are spread over")
     made.add_argument("--tasks", default="all", help="of RULER, commas between; default: %(default)s")
     made.add_argument("--lengths", default="1K,2K,4K,8K", help="dense; default: %(default)s")
-    made.add_argument("--questions", type=int, default=10, help="of each task and length, dense; default: %(default)s")
-    made.add_argument("--mechanisms", default="all", help="specifications, spaces between; default: %(default)s")
+    made.add_argument("--questions", type=int, default=5, help="of each task and length, dense; default: %(default)s")
+    made.add_argument("--mechanisms", default="each", help="specifications, spaces between; all; or each in one form")
+    made.add_argument("--slow", default=_SLOW, metavar="NAMES", help="asked last; default: %(default)s")
     made.add_argument("--shares", default="1/4", help="of the context's keys; default: %(default)s")
     made.add_argument("--share-lengths", default="4K,8K", help="for the mechanisms; default: %(default)s")
     made.add_argument("--share-questions", type=int, default=3, help="for the mechanisms; default: %(default)s")
