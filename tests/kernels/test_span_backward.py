@@ -8,6 +8,8 @@ import torch
 from longspan.kernels import anchor_scores, span_attention, window_attention
 from longspan.kernels.anchor_scores import reference as anchor_reference
 from longspan.kernels.span_attention import backward as reference
+from longspan.kernels.span_attention import order as span_order
+from longspan.kernels.span_attention.order import SpanOrder
 from longspan.kernels.tiles import Tile
 from longspan.kernels.window_attention import reference as window_reference
 
@@ -135,6 +137,34 @@ def test_products_are_those_of_each_output(size, dtype):
     tile = None if CUDA else SMALL[0]
     found = triton_backward.span_products(q, k, v, lo, hi, lse.float(), do, scale=0.3, tile=tile)
     near([found], [exact], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 16), (2, 5, 37, 20)])
+def test_products_of_rows(shape):
+    do, out = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    wanted = (do.double() * out.double()).sum(-1)
+    for found in (reference.row_products(do, out), triton_backward.row_products(do.mT.contiguous().mT, out)):
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_bands_change_nothing(bands):
+    q, k, v, do, lo, hi = inputs((1, 1, 2, 7, 50, 16, 16, 2), torch.float32)
+    lse, delta = merged(q, k, v, do, lo, hi, 0.3)
+    wanted = reference.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=0.3)
+    order = SpanOrder.of(lo, hi, k.shape[1], k.shape[2], bands)
+    found = triton_backward.span_attention_backward(
+        q, k, v, lo, hi, lse, delta, do, scale=0.3, order=order, tiles=(Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
+    )
+    near(found, [x.double() for x in wanted], TOLERANCE[torch.float32])
+    wanted = reference.span_products(q, k, v, lo, hi, lse, do, scale=0.3)
+    found = triton_backward.span_products(q, k, v, lo, hi, lse, do, scale=0.3, order=order)
+    near([found], [wanted.double()], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("first,count,longest,shortest", [(0, 65536, 1024, 0), (32768, 32768, 1024, 725), (0, 1, 4, 4)])
+def test_bands_are_more_where_lengths_differ_more(first, count, longest, shortest):
+    assert span_order.bands(first, count, 16, longest, shortest) == {0: 11, 32768: 4}[first] if count > 1 else 1
 
 
 def test_inputs_may_be_views():

@@ -27,8 +27,9 @@ from torch.autograd.function import once_differentiable
 from longspan.attention.base import Hints
 from longspan.attention.spans import disjoint
 from longspan.kernels.anchor_scores import anchor_scores_backward
+from longspan.kernels.span_attention import row_products, span_attention, span_attention_backward, span_products
 from longspan.kernels.span_attention import serves as kernels_serve
-from longspan.kernels.span_attention import span_attention, span_attention_backward, span_products
+from longspan.kernels.span_attention.order import SpanOrder, bands
 from longspan.kernels.window_attention import window_attention
 from longspan.kv.base import LayerKV
 
@@ -59,7 +60,7 @@ def attend(mechanism: Superlinear, q: Tensor, kv: LayerKV, scale: float | None, 
     routing = q if hints.routing_query is None else hints.routing_query
     with torch.no_grad():
         found = _search(mechanism, routing, kv, first)
-    columns = _columns(mechanism, q, first, found)
+    columns = _columns(mechanism, q, kv.keys(0, 0).shape[1], first, found)
     rotated = kv.rotary is not None
     searched = kv.keys(0, kv.length) if rotated else None
     at = torch.arange(first, kv.length, device=q.device)
@@ -82,6 +83,8 @@ class _Columns:
     anchors: Tensor | None
     """Integers `[B, Hq, T, S]`, with the scores."""
     window: int
+    bands: int
+    """Into how many bands kernels best cut the queries (`kernels/span_attention/order.py`)."""
 
     @property
     def near(self) -> int:
@@ -116,23 +119,34 @@ def _search(
 
 
 def _columns(
-    mechanism: Superlinear, q: Tensor, first: int, found: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    mechanism: Superlinear,
+    q: Tensor,
+    kv_heads: int,
+    first: int,
+    found: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> _Columns:
     """Put window, sinks and spans beside each other."""
-    window = mechanism.whole_window
-    at = torch.arange(first, first + q.shape[2], device=q.device).view(1, 1, -1, 1).expand(*q.shape[:3], 1)
+    window, count = mechanism.whole_window, q.shape[2]
+    at = torch.arange(first, first + count, device=q.device).view(1, 1, -1, 1).expand(*q.shape[:3], 1)
     lo, hi = [(at - window + 1).clamp(min=0)], [at]
-    if mechanism.sinks and first + q.shape[2] > window:
+    if mechanism.sinks and first + count > window:
         lo.append(torch.zeros_like(at))
         hi.append((at - window).clamp(max=mechanism.sinks - 1))
-    if found is None:
-        return _Columns(torch.cat(lo, -1), torch.cat(hi, -1), None, None, window)
-    scores, span_lo, span_hi, anchors = found
-    span_lo = span_lo.clamp(min=mechanism.sinks)  # sinks are read already
-    if mechanism.gate == "joint":
-        span_lo, span_hi, _ = disjoint(span_lo, span_hi, span_lo)
-        return _Columns(torch.cat([*lo, span_lo], -1), torch.cat([*hi, span_hi], -1), None, None, window)
-    return _Columns(torch.cat([*lo, span_lo], -1), torch.cat([*hi, span_hi], -1), scores, anchors, window)
+    scores = anchors = None
+    if found is not None:
+        scores, span_lo, span_hi, anchors = found
+        span_lo = span_lo.clamp(min=mechanism.sinks)  # sinks are read already
+        if mechanism.gate == "joint":
+            span_lo, span_hi, _ = disjoint(span_lo, span_hi, span_lo)
+            scores = anchors = None
+        lo.append(span_lo)
+        hi.append(span_hi)
+    lengths = [
+        math.ceil(mechanism.backward * reach) + math.ceil(mechanism.forward * reach)
+        for reach in (float(n) ** mechanism.span_power for n in (first + count, first + 1))
+    ]
+    cut = bands(first, count, q.shape[1] // kv_heads, *lengths)
+    return _Columns(torch.cat(lo, -1).int(), torch.cat(hi, -1).int(), scores, anchors, window, cut)
 
 
 @dataclass(frozen=True)
@@ -221,15 +235,19 @@ class _Attend(torch.autograd.Function):
         q, k, v, routing, searched, out, lse = ctx.saved_tensors
         columns: _Columns = ctx.columns
         gate = _Gate.of(lse, columns.scores)
-        d_scores = None
+        d_scores = order = None
+        if kernels_serve(q):
+            order = SpanOrder.of(columns.lo, columns.hi, k.shape[1], k.shape[2], columns.bands)
         if columns.scores is None:
-            delta = _products(do, out).unsqueeze(-1).expand_as(lse)
+            delta = row_products(do, out).unsqueeze(-1).expand_as(lse)
         else:
-            each = span_products(q, k, v, columns.lo, columns.hi, lse, do, scale=ctx.scale)
+            each = span_products(q, k, v, columns.lo, columns.hi, lse, do, scale=ctx.scale, order=order)
             delta, d_scores = gate.products(each, lse[..., : columns.near])
         # A column that weighs nothing: infinity.
         relative = torch.where(gate.parts > 0, lse - torch.log(gate.parts), float("inf"))
-        dq, dk, dv = span_attention_backward(q, k, v, columns.lo, columns.hi, relative, delta, do, scale=ctx.scale)
+        dq, dk, dv = span_attention_backward(
+            q, k, v, columns.lo, columns.hi, relative, delta, do, scale=ctx.scale, order=order
+        )
         d_routing = d_searched = None
         if d_scores is not None and columns.anchors is not None:
             found = k if searched is None else searched
@@ -247,12 +265,7 @@ class _Attend(torch.autograd.Function):
 def _attend_column(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend to one span of every query `[B, Hq, T]`; returns out and log-sum-exp of that shape."""
     rows = (q.shape[0], k.shape[1], -1)
-    out, lse = span_attention(q.reshape(*rows, q.shape[-1]), k, v, lo.reshape(rows), hi.reshape(rows), scale=scale)
+    out, lse = span_attention(
+        q.reshape(*rows, q.shape[-1]), k, v, lo.reshape(rows).long(), hi.reshape(rows).long(), scale=scale
+    )
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
-
-
-def _products(do: Tensor, out: Tensor) -> Tensor:
-    """Return `do . out` `[B, Hq, T]`, in float32 at least."""
-    kind = torch.promote_types(do.dtype, torch.float32)
-    pieces = zip(do.split(1024, 2), out.split(1024, 2), strict=True)
-    return torch.cat([(one.to(kind) * other.to(kind)).sum(-1) for one, other in pieces], 2)

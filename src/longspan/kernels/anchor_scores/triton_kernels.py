@@ -91,7 +91,7 @@ def anchor_scores_backward(q: Tensor, k: Tensor, anchors: Tensor, d_scores: Tens
     order = SpanOrder.of(anchors, torch.where(d_scores == 0, -1, anchors), kv_heads, keys)
     first, last = order.stretches(keys, _KEYS)
     _keys_kernel[(triton.cdiv(keys, _KEYS), batch * kv_heads)](
-        q, order.rows, order.lo, order.sorted(d_scores, kv_heads), first, last, dk,
+        q, order.rows, order.lo, order.sorted(d_scores), first, last, dk,
         *q.stride()[:3], *dk.stride()[:3], kv_heads, queries, count, keys, spans,
         G=heads // kv_heads, BLOCK_N=_KEYS, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", **sizes,
     )  # fmt: skip

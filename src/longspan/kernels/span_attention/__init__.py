@@ -7,8 +7,9 @@ import importlib.util
 from torch import Tensor
 
 from longspan.kernels.span_attention import backward, reference
+from longspan.kernels.span_attention.order import SpanOrder
 
-__all__ = ["serves", "span_attention", "span_attention_backward", "span_products"]
+__all__ = ["row_products", "serves", "span_attention", "span_attention_backward", "span_products"]
 
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -28,22 +29,53 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, s
 
 
 def span_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, lse: Tensor, delta: Tensor, do: Tensor, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    *,
+    scale: float,
+    order: SpanOrder | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients by the fastest version that serves; see `backward.span_attention_backward`."""
+    """Return gradients by the fastest version that serves; see `backward.span_attention_backward`.
+
+    `order` saves that version the sorting of spans, where it is known already.
+    """
     if serves(q):
         from longspan.kernels.span_attention import triton_backward
 
-        return triton_backward.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=scale)
+        return triton_backward.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=scale, order=order)
     return backward.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=scale)
 
 
 def span_products(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, lse: Tensor, do: Tensor, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    *,
+    scale: float,
+    order: SpanOrder | None = None,
 ) -> Tensor:
-    """Return what outputs have in common with do by the fastest version that serves; see `backward.span_products`."""
+    """Return `do . out` of each span by the fastest version that serves; see `backward.span_products` and above."""
     if serves(q):
         from longspan.kernels.span_attention import triton_backward
 
-        return triton_backward.span_products(q, k, v, lo, hi, lse, do, scale=scale)
+        return triton_backward.span_products(q, k, v, lo, hi, lse, do, scale=scale, order=order)
     return backward.span_products(q, k, v, lo, hi, lse, do, scale=scale)
+
+
+def row_products(do: Tensor, out: Tensor) -> Tensor:
+    """Return `do . out` of each row by the fastest version that serves; see `backward.row_products`."""
+    if serves(out):
+        from longspan.kernels.span_attention import triton_backward
+
+        return triton_backward.row_products(do, out)
+    return backward.row_products(do, out)

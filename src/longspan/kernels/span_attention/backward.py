@@ -73,6 +73,12 @@ def span_products(
     return torch.stack(each, -1)
 
 
+def row_products(do: Tensor, out: Tensor) -> Tensor:
+    """Return `do . out` of each row `[..., Dv]`, in float32 (float64 where do is)."""
+    do, out = _computed(do, out)
+    return (do * out).sum(-1)
+
+
 def _computed(q: Tensor, *others: Tensor) -> list[Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return [x.to(dtype) for x in (q, *others)]
