@@ -192,3 +192,11 @@ def test_every_eval_asks_and_resumes(cli, haystack, name, more):
 def test_what_an_eval_can_not_ask_is_told_in_one_line(cli, haystack, arguments, told):
     code, out, err = cli("eval", *arguments, *haystack)
     assert code == 2 and out == "" and told in err.splitlines()[-1]
+
+
+def test_how_far_it_is_is_told_in_the_evals_own_measure(cli, haystack):
+    given = ("--lengths", "600", "--questions", "1", "--attention", "streaming:window=64", *haystack)
+    code, _, err = cli("eval", "perplexity", *given)
+    assert code == 0 and "[1/1] text 600: perplexity " in err and " of 1, read at " in err
+    code, _, err = cli("eval", "passkey", *given)
+    assert code == 0 and ("[1/1] passkey 600: 0 % of 1" in err or "[1/1] passkey 600: 100 % of 1" in err)

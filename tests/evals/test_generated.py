@@ -205,7 +205,7 @@ def stems(text):
 
     plain = set(
         "a an the of in on at to by for and or is are was has have had been be with from which who what whom text "
-        "above character answer name alone any out away must would could should can"
+        "above person answer name alone any out away must would could should can"
         .split()
     )  # fmt: skip
     words = [word for word in re.findall(r"[a-z]+", text.casefold()) if word not in plain]
@@ -213,17 +213,17 @@ def stems(text):
 
 
 def test_nolimas_questions_share_no_content_word_with_their_needles():
-    asked = "Which character in the text above {}? Answer with the name alone."
+    asked = "Which person in the text above {}? Answer with the name alone."
     for needle, literal, one, two in nolima._PAIRS:
         for hop in (one, two):
             assert not stems(asked.format(hop)) & stems(needle), (needle, hop)
         assert len(stems(asked.format(literal)) & stems(needle)) >= 2
-        assert "{n}" in needle and not re.search(r"character|text", needle)
+        assert "{n}" in needle and not re.search(r"person|text", needle)
     every = [question for pair in nolima._PAIRS for question in pair[1:]]
     assert len(set(every)) == len(every) == 72
 
 
-def test_nolimas_characters_are_not_in_the_haystack():
+def test_nolimas_people_are_not_in_the_haystack():
     for index in range(24):
         found = made("nolima", "onehop", index=index)
         (name,) = found.outputs

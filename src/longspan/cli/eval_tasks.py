@@ -82,7 +82,7 @@ def mrcr(*, given: Shared) -> None:
 
 
 def nolima(*, given: Shared) -> None:
-    """Ask for a character by association: no content word of the question stands in the needle (arXiv 2502.05167).
+    """Ask for a person by association: no content word of the question stands in the needle (arXiv 2502.05167).
 
     Tasks: literal (the needle's own words, for comparison), onehop, twohop.
     """

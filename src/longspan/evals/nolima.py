@@ -1,13 +1,14 @@
 """Questions that share no content word with the sentence that answers them: knowledge of the world must join the two.
 
 Modarressi et al., "NoLiMa: Long-Context Evaluation Beyond Literal Matching" (arXiv 2502.05167). As there: one needle, a
-character in prose, at any depth; the question names what follows from the needle by one association (`onehop`: a
+person in prose, at any depth; the question names what follows from the needle by one association (`onehop`: a
 landmark and its city) or two (`twohop`: the city's country or region); the score is whether the answer holds the
-character's name. `literal` asks in the needle's own words: what a model loses between it and the others is the
+person's name. `literal` asks in the needle's own words: what a model loses between it and the others is the
 association's, not the length's.
 
 Here: needles, questions and names are written for this project (`_PAIRS`, 24 of them), names are such as the haystack
-does not hold, and an answer may take 24 tokens. Chance: one of the names that may be asked for.
+does not hold, a person is what the paper calls a character (our prose speaks of characters of text), and an answer may
+take 24 tokens. Chance: one of the names that may be asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NAMES = (
     """
 ).split()
 
-# (needle, what a question in its own words says, in one step of association, in two). {n}: the character.
+# (needle, what a question in its own words says, in one step of association, in two). {n}: the person.
 _PAIRS = (
     ("{n} rents a room with a window that looks out on the Sagrada Familia.",
      "rents a room that looks out on the Sagrada Familia", "has been to Barcelona", "has been to Catalonia"),
@@ -82,7 +83,7 @@ _HOPS = ("literal", "onehop", "twohop")
 
 @dataclass(frozen=True)
 class NoLima:
-    """A character who is asked for by association."""
+    """A person who is asked for by association."""
 
     hops: int
     """Associations between needle and question; 0: the question has the needle's words."""
@@ -99,12 +100,12 @@ class NoLima:
         name = rng.choice(names)
         depth = rng.random() if self.depth is None else self.depth
         needle = forms[0].format(n=name)
-        head = "Read the text below. I will ask about a character in it later.\n"
+        head = "Read the text below. I will ask about a person in it later.\n"
         hay = in_prose(source, rng.randrange(len(source)), [needle], [depth])
         return Draft(
             context=lambda count: f"{head}{hay(count)}\n",
-            question=f"Which character in the text above {forms[1 + self.hops]}? Answer with the name alone.",
-            answer_prefix="The character is",
+            question=f"Which person in the text above {forms[1 + self.hops]}? Answer with the name alone.",
+            answer_prefix="The name of that person is",
             outputs=(name,),
             least=1,
             needles=(needle,),
@@ -119,7 +120,7 @@ def _names(setting: Setting) -> list[str]:
     held = setting.sources.vocabulary
     names = [name for name in _NAMES if name.casefold() not in held]
     if len(names) < len(_NAMES) // 2:
-        raise UsageError("the text for haystacks holds most names of the questions' characters: give another one")
+        raise UsageError("the text for haystacks holds most names of the people who are asked for: give another one")
     return names
 
 

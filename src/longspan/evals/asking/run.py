@@ -225,20 +225,20 @@ class _Progress:
         self._tell, self._count = tell, len(keys)
         self._several = len({contender(key) for key in keys}) > 1
         self._tokens = sum(key.length for key in keys)
-        self._scores: dict[tuple[str, str, int], list[float]] = {}
-        self._all: list[float] = []
+        self._rows: dict[tuple[str, str, int], list[Row]] = {}
+        self._all: list[Row] = []
         self._done = self._passed = 0
         self._since = time.perf_counter()
 
     def told(self, key: Key) -> str:
         """Return what is being asked, with the score of all questions so far."""
-        mean = f", {100 * sum(self._all) / len(self._all):.0f} %" if self._all else ""
+        mean = f", {_mean(self._all)}" if self._all else ""
         return f"{self._done}/{self._count}{mean}: {self._named(key)}"
 
     def before(self, row: Row) -> None:
         """Count a question that was answered in an earlier run."""
-        self._scores.setdefault((contender(row), row.task, row.length), []).append(row.score)
-        self._all.append(row.score)
+        self._rows.setdefault((contender(row), row.task, row.length), []).append(row)
+        self._all.append(row)
         self._done += 1
         self._tokens -= row.length
 
@@ -248,13 +248,21 @@ class _Progress:
         self._passed += row.length
         # Making, reading and answering a question all take time in proportion to its tokens, nearly.
         left = (time.perf_counter() - self._since) / self._passed * self._tokens
-        scores = self._scores[contender(row), row.task, row.length]
+        group = self._rows[contender(row), row.task, row.length]
         speed = f", read at {row.read_tokens_per_s:,.0f} tokens/s" if row.read_tokens_per_s else ""
         failed = f", no answer: {row.error}" if row.error else ""
         self._tell(
-            f"[{self._done}/{self._count}] {self._named(row)}: {100 * sum(scores) / len(scores):.0f} % of "
-            f"{len(scores)}{speed}, about {duration(left)} left{failed}"
+            f"[{self._done}/{self._count}] {self._named(row)}: {_mean(group)} of {len(group)}{speed}, "
+            f"about {duration(left)} left{failed}"
         )
 
     def _named(self, asked: Key | Row) -> str:
         return (f"{contender(asked)} " if self._several else "") + f"{asked.task} {asked.length}"
+
+
+def _mean(group: Sequence[Row]) -> str:
+    """Return the score of rows in a word, or the perplexity of texts."""
+    nlls = [row.measures["nll"] for row in group if "nll" in row.measures]
+    if nlls:
+        return f"perplexity {math.exp(sum(nlls) / len(nlls)):.2f}"
+    return f"{100 * sum(row.score for row in group) / len(group):.0f} %"
