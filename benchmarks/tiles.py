@@ -52,7 +52,7 @@ def calls(options: argparse.Namespace) -> tuple[Callable[[Tile | None], Any], fl
 
         def window(tile: Tile | None) -> Any:
             return window_kernels.window_attention(
-                q, k, v, window=options.window, scale=scale, out_dtype=kind, tile=tile
+                q, k, v, window=options.window, scale=scale, out_dtype=kind, tile=tile, engine=options.engine
             )
 
         return window, flops
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2024)
     parser.add_argument("--spans", type=int, default=3)
     parser.add_argument("--bands", type=int, default=0, help="0: as many as the kernels' caller takes")
+    parser.add_argument("--engine", action=argparse.BooleanOptionalAction, help="copies by Hopper's engine (window)")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     if not torch.cuda.is_available():

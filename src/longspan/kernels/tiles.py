@@ -32,3 +32,8 @@ def roomy(device: torch.device) -> bool:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     return bool(driver.active.utils.get_device_properties(index)["max_shared_mem"] >= _ROOMY)
+
+
+def hopper(device: torch.device) -> bool:
+    """Return whether a device is a Hopper GPU: only there are copies by its engine, as written here, known to pay."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

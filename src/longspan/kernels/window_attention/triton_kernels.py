@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.kernels.tiles import Tile, roomy
+from longspan.kernels.engine import can_copy, described
+from longspan.kernels.tiles import Tile, hopper, roomy
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
@@ -36,23 +37,29 @@ def forward_tile(dtype: torch.dtype, dim: int, roomy: bool) -> Tile:
 @triton.jit
 def _walk(
     b_q, b_max, b_sum, b_out, b_lost, b_at,
-    p_k, p_v, s_k_token, s_v_token, start, left, edge, blocks, stop, window, scale,
+    p_k, p_v, k_row, v_row, s_k_token, s_v_token, start, left, edge, blocks, stop, window, scale,
     D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Take blocks of keys into the online softmax: `left` from `start` on, the others from `edge` on."""
+    """Take blocks of keys into the online softmax: `left` from `start` on, the others from `edge` on.
+
+    Where copies are the engine's (TMA), `p_k` and `p_v` describe keys and values, of which this head's first is the row
+    `k_row` and `v_row`.
+    """
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, B_D), tl.arange(0, B_DV)
     o_keys = o_n[None, :] * s_k_token + o_d[:, None]
     o_values = o_n[:, None] * s_v_token + o_dv[None, :]
     for i in range(blocks):
         n = tl.where(i < left, start, edge - left * BLOCK_N) + i * BLOCK_N if MASKED else start + i * BLOCK_N
-        p_keys, p_values = p_k + n.to(tl.int64) * s_k_token + o_keys, p_v + n.to(tl.int64) * s_v_token + o_values
-        m_k, m_v = (o_d < D)[:, None], (o_dv < DV)[None, :]
-        if MASKED:
-            m_k, m_v = m_k & (n + o_n < stop)[None, :], m_v & (n + o_n < stop)[:, None]
-        # [B_D, BLOCK_N] and [BLOCK_N, B_DV]
-        b_k = tl.load(p_keys, mask=m_k, other=0.0) if MASKED or D != B_D else tl.load(p_keys)
-        b_v = tl.load(p_values, mask=m_v, other=0.0) if MASKED or DV != B_DV else tl.load(p_values)
+        if TMA:
+            b_k, b_v = tl.trans(p_k.load([k_row + n, 0])), p_v.load([v_row + n, 0])  # [B_D, BLOCK_N], [BLOCK_N, B_DV]
+        else:
+            p_keys, p_values = p_k + n.to(tl.int64) * s_k_token + o_keys, p_v + n.to(tl.int64) * s_v_token + o_values
+            m_k, m_v = (o_d < D)[:, None], (o_dv < DV)[None, :]
+            if MASKED:
+                m_k, m_v = m_k & (n + o_n < stop)[None, :], m_v & (n + o_n < stop)[:, None]
+            b_k = tl.load(p_keys, mask=m_k, other=0.0) if MASKED or D != B_D else tl.load(p_keys)
+            b_v = tl.load(p_values, mask=m_v, other=0.0) if MASKED or DV != B_DV else tl.load(p_values)
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_R, BLOCK_N]
         if MASKED:
             b_behind = b_at[:, None] - n - o_n[None, :]
@@ -79,7 +86,7 @@ def _window_attention_kernel(
     s_q_batch, s_q_head, s_q_token, s_k_batch, s_k_head, s_k_token, s_v_batch, s_v_head, s_v_token,
     kv_heads, queries, first, window, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
     i_batch, i_kv = (i_head // kv_heads).to(tl.int64), (i_head % kv_heads).to(tl.int64)
@@ -93,8 +100,13 @@ def _window_attention_kernel(
     o_d, o_dv = tl.arange(0, B_D), tl.arange(0, B_DV)
     p_rows = p_q + i_batch * s_q_batch + (o_head * s_q_head + o_t.to(tl.int64) * s_q_token)[:, None] + o_d[None, :]
     b_q = tl.load(p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)  # [BLOCK_R, B_D]
-    p_k += i_batch * s_k_batch + i_kv * s_k_head
-    p_v += i_batch * s_v_batch + i_kv * s_v_head
+    o_k, o_v = i_batch * s_k_batch + i_kv * s_k_head, i_batch * s_v_batch + i_kv * s_v_head
+    k_row, v_row = 0, 0
+    if TMA:
+        k_row, v_row = (o_k // s_k_token).to(tl.int32), (o_v // s_v_token).to(tl.int32)
+    else:
+        p_k += o_k
+        p_v += o_v
     b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, B_DV], tl.float32)
@@ -108,12 +120,12 @@ def _window_attention_kernel(
     edge = middle + whole * BLOCK_N
     edges = left + tl.cdiv(tl.maximum(stop - edge, 0), BLOCK_N)
     b_max, b_sum, b_out, b_lost = _walk(
-        b_q, b_max, b_sum, b_out, b_lost, b_at, p_k, p_v, s_k_token, s_v_token,
-        start, left, edge, edges, stop, window, scale, D, DV, B_D, B_DV, BLOCK_N, PRECISION, True, False,
+        b_q, b_max, b_sum, b_out, b_lost, b_at, p_k, p_v, k_row, v_row, s_k_token, s_v_token,
+        start, left, edge, edges, stop, window, scale, D, DV, B_D, B_DV, BLOCK_N, PRECISION, TMA, True, False,
     )  # fmt: skip
     b_max, b_sum, b_out, b_lost = _walk(
-        b_q, b_max, b_sum, b_out, b_lost, b_at, p_k, p_v, s_k_token, s_v_token,
-        middle, 0, 0, whole, stop, window, scale, D, DV, B_D, B_DV, BLOCK_N, PRECISION, False, False,
+        b_q, b_max, b_sum, b_out, b_lost, b_at, p_k, p_v, k_row, v_row, s_k_token, s_v_token,
+        middle, 0, 0, whole, stop, window, scale, D, DV, B_D, B_DV, BLOCK_N, PRECISION, TMA, False, False,
     )  # fmt: skip
     clean = tl.min(tl.min((tl.abs(b_out) <= float("inf")).to(tl.int32), 1), 0)  # NaN compares false
     if clean == 0:
@@ -122,9 +134,9 @@ def _window_attention_kernel(
         b_sum = tl.zeros([BLOCK_R], tl.float32)
         b_out = tl.zeros([BLOCK_R, B_DV], tl.float32)
         b_max, b_sum, b_out, b_lost = _walk(
-            b_q, b_max, b_sum, b_out, b_lost, b_at, p_k, p_v, s_k_token, s_v_token,
+            b_q, b_max, b_sum, b_out, b_lost, b_at, p_k, p_v, k_row, v_row, s_k_token, s_v_token,
             start, 0, start, tl.cdiv(stop - start, BLOCK_N), stop, window, scale,
-            D, DV, B_D, B_DV, BLOCK_N, PRECISION, True, True,
+            D, DV, B_D, B_DV, BLOCK_N, PRECISION, TMA, True, True,
         )  # fmt: skip
 
     b_sum = tl.where(m_row, b_sum, 1.0)
@@ -144,11 +156,13 @@ def window_attention(
     scale: float,
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
+    engine: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the window; arguments and results as in the reference.
 
     Queries are brought to the keys' type. All may be views of which only the last axis lies together. `tile` is how the
-    kernel is cut; None: as `forward_tile` says.
+    kernel is cut; None: as `forward_tile` says. `engine`: whether Hopper's copy engine brings keys and values, where it
+    can; None: on Hopper.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[-1]
@@ -161,13 +175,14 @@ def window_attention(
         return out, lse
     tile = tile or forward_tile(k.dtype, max(dim, value_dim), roomy(k.device))
     group = heads // kv_heads
+    engine = (hopper(k.device) if engine is None else engine) and can_copy(k) and can_copy(v)
     _window_attention_kernel[(triton.cdiv(queries * group, tile.rows), batch * kv_heads)](
-        q, k, v, out, lse,
+        q, described(k, tile.keys) if engine else k, described(v, tile.keys) if engine else v, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         kv_heads, queries, keys - queries, min(window, keys), scale * LOG2_E,
         G=group, D=dim, DV=value_dim,
         B_D=max(16, triton.next_power_of_2(dim)), B_DV=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_R=tile.rows, BLOCK_N=tile.keys, PRECISION="tf32x3" if k.dtype == torch.float32 else "ieee",
-        num_warps=tile.warps, num_stages=tile.stages,
+        TMA=engine, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
