@@ -167,6 +167,18 @@ def test_bands_are_more_where_lengths_differ_more(first, count, longest, shortes
     assert span_order.bands(first, count, 16, longest, shortest) == {0: 11, 32768: 4}[first] if count > 1 else 1
 
 
+def test_the_copy_engine_brings_the_same():
+    q, k, v, do, lo, hi = inputs((2, 2, 2, 7, 50, 16, 16, 2), torch.float16)
+    lse, delta = merged(q, k, v, do, lo, hi, 0.3)
+    tiles = (Tile(16, 16, 4, 1), Tile(16, 64, 4, 1))
+    for version, given in (
+        (triton_backward.span_attention_backward, dict(lse=lse, delta=delta, do=do, tiles=tiles)),
+        (triton_backward.span_products, dict(lse=lse, do=do, tile=tiles[0])),
+    ):
+        found, wanted = (version(q, k, v, lo, hi, scale=0.3, engine=engine, **given) for engine in (True, False))
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_inputs_may_be_views():
     q, k, v, do, lo, hi = inputs(SIZES[2], torch.float32)
     lse, delta = merged(q, k, v, do, lo, hi, 0.3)

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.kernels.engine import can_copy, described
 from longspan.kernels.span_attention.order import LOG2_E, SpanOrder
-from longspan.kernels.tiles import Tile, roomy
+from longspan.kernels.tiles import Tile, hopper, roomy
 
 
 @triton.jit
@@ -55,9 +56,12 @@ def _queries_kernel(
     kv_heads, queries, length, i_span, spans, bands, scale, exponent,
     D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    ADD: tl.constexpr, PRODUCTS: tl.constexpr, SPARSE: tl.constexpr,
+    ADD: tl.constexpr, PRODUCTS: tl.constexpr, SPARSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of one span of every query, and what `p_before` holds (ADD); or `do . out` of the span (PRODUCTS)."""
+    """Write dq of one span of every query, and what `p_before` holds (ADD); or `do . out` of the span (PRODUCTS).
+
+    Where copies are the engine's (TMA), `p_k` and `p_v` describe keys and values.
+    """
     i_head = tl.program_id(1).to(tl.int64)
     i_batch, i_kv = i_head // kv_heads, i_head % kv_heads
     tiles = tl.cdiv(length, BLOCK_R)
@@ -78,18 +82,22 @@ def _queries_kernel(
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     o_keys = o_n[:, None] * s_k_token + o_d[None, :]
     o_values = o_n[:, None] * s_v_token + o_dv[None, :]
-    p_k += i_batch * s_k_batch + i_kv * s_k_head
-    p_v += i_batch * s_v_batch + i_kv * s_v_head
+    o_k, o_v = i_batch * s_k_batch + i_kv * s_k_head, i_batch * s_v_batch + i_kv * s_v_head
     for i in range(tl.cdiv(tl.maximum(stop - first, 0), BLOCK_N)):
         n = first + i * BLOCK_N
         touched = 1
         if SPARSE:
             touched = tl.max((m_some & (b_lo < n + BLOCK_N) & (b_lo + b_length >= n)).to(tl.int32), 0)
         if touched > 0:
-            m_n = (n + o_n < stop)[:, None]
-            p_keys, p_values = p_k + n.to(tl.int64) * s_k_token + o_keys, p_v + n.to(tl.int64) * s_v_token + o_values
-            b_k = tl.load(p_keys, mask=m_n & m_d, other=0.0)  # [BLOCK_N, B_D]
-            b_v = tl.load(p_values, mask=m_n & m_dv, other=0.0)  # [BLOCK_N, B_DV]
+            # [BLOCK_N, B_D] and [BLOCK_N, B_DV]
+            if TMA:
+                b_k = p_k.load([(o_k // s_k_token).to(tl.int32) + n, 0])
+                b_v = p_v.load([(o_v // s_v_token).to(tl.int32) + n, 0])
+            else:
+                m_n = (n + o_n < stop)[:, None]
+                p_keys, p_values = p_k + o_k + n.to(tl.int64) * s_k_token, p_v + o_v + n.to(tl.int64) * s_v_token
+                b_k = tl.load(p_keys + o_keys, mask=m_n & m_d, other=0.0)
+                b_v = tl.load(p_values + o_values, mask=m_n & m_dv, other=0.0)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_R, BLOCK_N]
             b_p = _weights(b_s, n + o_n[None, :], b_lo[:, None], b_length[:, None], b_lse[:, None], exponent)
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
@@ -187,6 +195,7 @@ def span_attention_backward(
     scale: float,
     order: SpanOrder | None = None,
     tiles: tuple[Tile, Tile] | None = None,
+    engine: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients that come through the spans, as the reference does, each in the type of k.
 
@@ -202,12 +211,14 @@ def span_attention_backward(
         scale: as there.
         order: the spans, sorted; None: they are sorted here.
         tiles: how the kernels of dq and of dk and dv are cut; None: as `backward_tiles` says.
+        engine: whether Hopper's copy engine brings keys and values for dq, where it can; None: on Hopper.
     """
     q, do = q.to(k.dtype).contiguous(), do.to(k.dtype).contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     kv_heads, keys, spans = k.shape[1], k.shape[2], lo.shape[-1]
     order = order or SpanOrder.of(lo, hi, kv_heads, keys)
-    for_queries, for_keys = tiles or backward_tiles(k.dtype, max(k.shape[-1], v.shape[-1]), roomy(k.device))
+    copied = _copied(k, v, engine)
+    for_queries, for_keys = tiles or backward_tiles(k.dtype, max(k.shape[-1], v.shape[-1]), roomy(k.device), copied)
     rows = (order.rows, order.facts(lse, delta))
     queries, length = q.shape[1] // kv_heads * q.shape[2], order.rows.shape[1]
     strides = (*k.stride()[:3], *v.stride()[:3])
@@ -225,11 +236,12 @@ def span_attention_backward(
     # Sums over spans are kept in float32 and rounded once, by the last one.
     single = spans == 1 or dq.dtype == torch.float32
     total = dq if single else torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    k_rows, v_rows = (described(x, for_queries.keys) if copied else x for x in (k, v))
     for j in range(spans):
         _queries_kernel[(triton.cdiv(length, for_queries.rows) * order.bands, k.shape[0] * kv_heads)](
-            q, k, v, do, *rows, total, dq if j == spans - 1 else total, *strides,
-            kv_heads, queries, length, j, spans, order.bands, scale, scale * LOG2_E,
-            ADD=j > 0, PRODUCTS=False, SPARSE=_sparse(length, keys, for_queries), **_constants(k, v, for_queries),
+            q, k_rows, v_rows, do, *rows, total, dq if j == spans - 1 else total, *strides,
+            kv_heads, queries, length, j, spans, order.bands, scale, scale * LOG2_E, ADD=j > 0, PRODUCTS=False,
+            SPARSE=_sparse(length, keys, for_queries), TMA=copied, **_constants(k, v, for_queries),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -246,35 +258,51 @@ def span_products(
     scale: float,
     order: SpanOrder | None = None,
     tile: Tile | None = None,
+    engine: bool | None = None,
 ) -> Tensor:
     """Return `do . out` for the output of each span alone, float32; arguments as in the reference and above."""
     q, do = q.to(k.dtype).contiguous(), do.to(k.dtype).contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     kv_heads, keys, spans = k.shape[1], k.shape[2], lo.shape[-1]
     order = order or SpanOrder.of(lo, hi, kv_heads, keys)
-    tile = tile or backward_tiles(k.dtype, max(k.shape[-1], v.shape[-1]), roomy(k.device))[0]
+    copied = _copied(k, v, engine)
+    tile = tile or backward_tiles(k.dtype, max(k.shape[-1], v.shape[-1]), roomy(k.device), copied)[0]
     facts = order.facts(lse, torch.zeros_like(lse))
     out = torch.empty(lo.shape, dtype=torch.float32, device=q.device)
     queries, length = q.shape[1] // kv_heads * q.shape[2], order.rows.shape[1]
+    k_rows, v_rows = (described(x, tile.keys) if copied else x for x in (k, v))
     for j in range(spans):
         _queries_kernel[(triton.cdiv(length, tile.rows) * order.bands, k.shape[0] * kv_heads)](
-            q, k, v, do, order.rows, facts, out, out, *k.stride()[:3], *v.stride()[:3],
-            kv_heads, queries, length, j, spans, order.bands, scale, scale * LOG2_E,
-            ADD=False, PRODUCTS=True, SPARSE=_sparse(length, keys, tile), **_constants(k, v, tile),
+            q, k_rows, v_rows, do, order.rows, facts, out, out, *k.stride()[:3], *v.stride()[:3],
+            kv_heads, queries, length, j, spans, order.bands, scale, scale * LOG2_E, ADD=False, PRODUCTS=True,
+            SPARSE=_sparse(length, keys, tile), TMA=copied, **_constants(k, v, tile),
         )  # fmt: skip
     return out
 
 
-def backward_tiles(dtype: torch.dtype, dim: int, roomy: bool) -> tuple[Tile, Tile]:
-    """Return the tiles of dq, and of dk and dv, for keys of this type and head size; see `tiles.roomy`."""
+def backward_tiles(dtype: torch.dtype, dim: int, roomy: bool, copied: bool = False) -> tuple[Tile, Tile]:
+    """Return the tiles of dq, and of dk and dv, for keys of this type and head size; see `tiles.roomy`.
+
+    `copied`: the copy engine brings blocks for dq, which leaves registers for wider ones.
+    """
     if dtype == torch.float32:
         small = Tile(16, 16, 4, 1) if dim > 128 else Tile(32, 16, 4, 1) if dim > 64 else Tile(32, 32, 4, 1)
         return small, Tile(small.keys, small.rows, 4, 1)
     if dim > 128:
         return (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)) if roomy else (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if roomy:
-        return Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)  # three stages: which rows, then the rows, then products
+        # Three stages: which rows, then the rows, then products.
+        return Tile(128, 128 if copied else 64, 8, 2), Tile(64, 128, 8, 3)
     return Tile(64, 64, 8, 1), Tile(32, 64, 4, 2)
+
+
+def _copied(k: Tensor, v: Tensor, engine: bool | None) -> bool:
+    """Return whether the copy engine brings keys and values to the kernel of dq.
+
+    It also brings rows that no row of the tile reads: these must be numbers, so that nothing may lie between heads.
+    """
+    engine = hopper(k.device) if engine is None else engine
+    return engine and all(can_copy(x) and x.is_contiguous() for x in (k, v))
 
 
 def _sparse(length: int, keys: int, tile: Tile) -> bool:
