@@ -31,7 +31,7 @@ def counter(folder):
 
 
 def asker_of(server, counter, **options):
-    client = Client(server.url, "", parallel=options.get("parallel", 1), timeout=20)
+    client = Client(server.url, "", parallel=options.get("parallel", 1), timeout=60)
     return Endpoint(client, "scripted", counter, **options)
 
 
@@ -113,7 +113,7 @@ def test_what_is_too_long_is_a_row_with_its_reason(counter):
 def test_questions_are_asked_at_once(counter):
     with Server(reads) as server:
         barrier = threading.Barrier(3)
-        server.gate = lambda: barrier.wait(20) and None
+        server.gate = lambda: barrier.wait(60) and None
         found = asked_of(asker_of(server, counter, parallel=3))
     assert not barrier.broken and [row.score for row in found] == [1.0] * 6
     assert len({row.key for row in found}) == 6

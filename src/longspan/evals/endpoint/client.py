@@ -131,9 +131,7 @@ class Client:
         self._stopped.set()
         with self._lock:
             for each in self._sockets:
-                # Closing would not wake a thread that reads from it.
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+                _shut(each)
         self._http.close()
 
     def _once(self, path: str, body: dict[str, Any]) -> Answer:
@@ -233,6 +231,8 @@ class Client:
             found = info["return_value"].get_extra_info("socket")
             with self._lock:
                 self._sockets = [each for each in self._sockets if each.fileno() >= 0] + [found]
+                if self._stopped.is_set():  # it was being opened while the client was closed
+                    _shut(found)
 
 
 class _AgainError(Exception):
@@ -242,6 +242,12 @@ class _AgainError(Exception):
         super().__init__(told)
         self.wish = wish
         """Seconds to wait, as the endpoint wishes."""
+
+
+def _shut(each: socket.socket) -> None:
+    """End a connection: closing it would not wake a thread that reads from it."""
+    with contextlib.suppress(OSError):
+        each.shutdown(socket.SHUT_RDWR)
 
 
 def _checked(url: str) -> str:
