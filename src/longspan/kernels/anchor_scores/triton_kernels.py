@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.kernels.span_attention.order import SpanOrder
 
-_ROWS, _KEYS = 32, 64
+_ROWS = 32
 
 
 @triton.jit(do_not_specialize=["queries", "count"])
@@ -89,10 +89,11 @@ def anchor_scores_backward(q: Tensor, k: Tensor, anchors: Tensor, d_scores: Tens
         k, anchors, d_scores, dq, *k.stride()[:3], kv_heads, queries, count, spans, **sizes
     )
     order = SpanOrder.of(anchors, torch.where(d_scores == 0, -1, anchors), kv_heads, keys)
-    first, last = order.stretches(keys, _KEYS)
-    _keys_kernel[(triton.cdiv(keys, _KEYS), batch * kv_heads)](
+    block = 32 if dim > 128 else 64
+    first, last = order.stretches(keys, block)
+    _keys_kernel[(triton.cdiv(keys, block), batch * kv_heads)](
         q, order.rows, order.lo, order.sorted(d_scores), first, last, dk,
         *q.stride()[:3], *dk.stride()[:3], kv_heads, queries, count, keys, spans,
-        G=heads // kv_heads, BLOCK_N=_KEYS, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", **sizes,
+        G=heads // kv_heads, BLOCK_N=block, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", **sizes,
     )  # fmt: skip
     return dq
