@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.kernels.span_attention.order import SpanOrder
-
-_ROWS = 32
+from longspan.kernels.tiles import Tile
 
 
 @triton.jit(do_not_specialize=["queries", "count"])
@@ -84,16 +83,22 @@ def anchor_scores_backward(q: Tensor, k: Tensor, anchors: Tensor, d_scores: Tens
     queries = heads // kv_heads * count
     anchors, d_scores = anchors.int().contiguous(), d_scores.float().contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sizes = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim)), "BLOCK_R": _ROWS}
-    _queries_kernel[(triton.cdiv(queries, _ROWS), batch * kv_heads)](
+    cut = tile(dim)
+    sizes = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim)), "BLOCK_R": cut.rows}
+    sizes |= {"num_warps": cut.warps, "num_stages": cut.stages}
+    _queries_kernel[(triton.cdiv(queries, cut.rows), batch * kv_heads)](
         k, anchors, d_scores, dq, *k.stride()[:3], kv_heads, queries, count, spans, **sizes
     )
     order = SpanOrder.of(anchors, torch.where(d_scores == 0, -1, anchors), kv_heads, keys)
-    block = 32 if dim > 128 else 64
-    first, last = order.stretches(keys, block)
-    _keys_kernel[(triton.cdiv(keys, block), batch * kv_heads)](
+    first, last = order.stretches(keys, cut.keys)
+    _keys_kernel[(triton.cdiv(keys, cut.keys), batch * kv_heads)](
         q, order.rows, order.lo, order.sorted(d_scores), first, last, dk,
         *q.stride()[:3], *dk.stride()[:3], kv_heads, queries, count, keys, spans,
-        G=heads // kv_heads, BLOCK_N=block, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", **sizes,
+        G=heads // kv_heads, BLOCK_N=cut.keys, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", **sizes,
     )  # fmt: skip
     return dq
+
+
+def tile(dim: int) -> Tile:
+    """Return how both kernels are cut for keys of this head size."""
+    return Tile(32, 32 if dim > 128 else 64, 4, 3)
