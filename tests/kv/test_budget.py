@@ -144,7 +144,7 @@ def test_demoting_makes_room_that_promoting_needs():
     kv.truncate(4 * PAGE)
     kv.promote([0, 1, 2])
     assert torch.equal(kv.keys(0, 4 * PAGE), k) and torch.equal(kv.values(0, 4 * PAGE), v)
-    assert budget.used == 4 * PAGE_BYTES and not any(pool.host.references)
+    assert budget.used == 4 * PAGE_BYTES and not any(any(below.references) for below in pool.below)
 
 
 def test_compacting_gives_memory_back_and_moves_no_content():

@@ -17,6 +17,7 @@ from longspan.kv.budget import Budget
 from longspan.kv.pages import PagedKV, PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED
+from longspan.kv.tiers import DISK, HOST, TierLimits, Tiers
 
 ROTARY = Rotary(torch.tensor([1.0, 0.1]))
 MOST = 4  # contexts at once
@@ -34,8 +35,9 @@ class Pages(RuleBasedStateMachine):
         self.each = None if each is None else each * self.page
         self.pool = self.new_pool(self.root)
         self.contexts, self.next = [], 0
-        self.add(PagedKV(self.pool, ROTARY, self.session()), PlainContext(self.kv_format or "fp32", ROTARY))
-        self.smaller = [*{plain.policy.name for _, plain in self.contexts} - {"fp32"}, "fp16", "fp8", "int4", "int2"]
+        first = PlainContext(self.kv_format or "fp32", ROTARY)
+        self.smaller = [*{first.policy.name} - {"fp32"}, "fp16", "fp8", "int4", "int2"]
+        self.add(PagedKV(self.pool, ROTARY, self.session()), first)
 
     def new_pool(self, budget):
         return PagePool(
@@ -226,6 +228,10 @@ class Pages(RuleBasedStateMachine):
         self.pool.compact()
         assert self.pool.free == 0 and self.pool.nbytes == self.root.used
 
+    def seen(self, plain):
+        """Which pages can be read, and the rows that are read."""
+        return torch.tensor([held != "summary" for held in plain.held], dtype=torch.bool), plain
+
     @invariant()
     def slots_and_bytes(self):
         pool, contexts = self.pool, [kv for kv, _ in self.contexts]
@@ -240,9 +246,9 @@ class Pages(RuleBasedStateMachine):
             assert kv.nbytes == own
             if self.each is not None:
                 assert kv.budget.used == own <= self.each
-        hosted = {plane: [] for plane in pool.hosts}
+        hosted = {plane: [] for plane in pool.below}
         for kv in contexts:
-            for host, slot in map(pool.find_host, kv.exact.values()):
+            for host, slot in map(pool.find_below, kv.exact.values()):
                 hosted[host].append(slot)
         for plane, slots in [*referred.items(), (pool.marks, marks), *hosted.items()]:
             assert plane.references == [slots.count(slot) for slot in range(plane.slots)]
@@ -264,13 +270,13 @@ class Pages(RuleBasedStateMachine):
         for kv, plain in self.contexts:
             assert kv.length == plain.length
             assert [kv.resolution(page) for page in range(len(kv.table))] == plain.held
-            copies = {page: pool.find_host(handle)[0].format.name for page, handle in kv.exact.items()}
+            copies = {page: pool.find_below(handle)[0].format.name for page, handle in kv.exact.items()}
             assert copies == {page: name for page, (name, _) in plain.host.items()}
-            readable = torch.tensor([held != "summary" for held in plain.held], dtype=torch.bool)
+            readable, seen = self.seen(plain)
             said = kv.readable()
             assert readable.all() if said is None else torch.equal(said, readable)
             tokens = readable.repeat_interleave(PAGE)[: plain.length].nonzero().flatten()
-            check_reads(kv, plain, tokens)
+            check_reads(kv, seen, tokens)
             for what in SUMMARIES:
                 rows = plain.blocks[what]
                 dim = VALUE_DIM if what == "mean_value" else DIM
@@ -288,7 +294,7 @@ class Pages(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             assert self.root.used == 0 and self.pool.free == self.pool.slots, "a page leaked"
             assert not any(self.pool.marks.references)
-            assert not any(count for host in self.pool.hosts for count in host.references)
+            assert not any(count for host in self.pool.below for count in host.references)
 
 
 def check_reads(kv, plain, tokens):
@@ -326,6 +332,91 @@ class PagesOfBits(Pages):
 
 class PagesOfFewBits(Pages):
     kv_format = "int2:residual=0,sinks=0"
+
+
+class PagesInTiers(Pages):
+    """Copies in little host memory and a small file, read from there, prefetched at any time."""
+
+    folder = None
+
+    def new_pool(self, budget):
+        page = PAGE * HEADS * (DIM + VALUE_DIM) * 4
+        self.tiers = Tiers(TierLimits(page, 12 * page, self.folder))
+        return PagePool(
+            HEADS, DIM, VALUE_DIM, torch.float32, torch.device("cpu"), budget,
+            kv_format=self.kv_format, summaries=SUMMARIES, block=BLOCK, tiers=self.tiers,
+        )  # fmt: skip
+
+    def add(self, kv, plain):
+        kv.reads_below = True
+        super().add(kv, plain)
+        if not plain.length:  # so that something lies below from the start
+            self.read_and_move_down(len(self.contexts) - 1, 380, 0, 0)
+
+    def seen(self, plain):
+        seen = plain.copy()
+        for page, held in enumerate(plain.held):
+            if held == "summary" and page in plain.host:
+                filled = min(PAGE, plain.length - page * PAGE)
+                seen.put(page, *(part[:, :filled] for part in plain.host[page][1]))
+        return torch.tensor([h != "summary" or p in plain.host for p, h in enumerate(plain.held)]).bool(), seen
+
+    def refused(self, kv, plain, needed):
+        page = PAGE * HEADS * (DIM + VALUE_DIM) * 4
+        assert kv.length == plain.length
+        if self.tiers.left(HOST) + self.tiers.left(DISK) >= (needed // self.page + len(kv.exact)) * page:
+            super().refused(kv, plain, needed)
+
+    def read_and_move_down(self, which, count, stay, to):
+        self.append(which, count)
+        self.commit(which)
+        full = self.pick(which)[1].length // PAGE
+        self.demote(which, set(range(full - stay)), to=to, keep_exact=True)
+
+    @rule(which=WHICH, count=st.integers(1, 250), stay=st.integers(0, 4), to=st.integers(0, 5))
+    def move_down(self, which, count, stay, to):
+        self.read_and_move_down(which, count, stay, to)
+
+    @rule(which=WHICH, chosen=st.sets(st.integers(0, 12)))
+    def move_up(self, which, chosen):
+        self.promote(which, chosen, to=-1)
+
+    @rule(which=WHICH, chosen=st.sets(st.integers(0, 6), min_size=2))
+    def prefetch(self, which, chosen):
+        self.pick(which)[0].prefetch(sorted(chosen))
+
+    @invariant()
+    def tiers_hold_what_is_referred_to(self):
+        for tier, limit in ((HOST, self.tiers.limits.host), (DISK, self.tiers.limits.disk)):
+            used = sum(
+                below.page_bytes * sum(count > 0 for count in below.references)
+                for below in self.pool.below
+                if below.tier == tier
+            )
+            assert self.tiers.used(tier) == used <= limit
+
+    def teardown(self):
+        super().teardown()
+        if hasattr(self, "tiers"):
+            self.tiers.prefetcher.close()
+
+
+class QuantisedPagesInTiers(PagesInTiers):
+    kv_format = "int4:residual=0,sinks=0"
+
+
+@pytest.mark.parametrize("machine", [PagesInTiers, QuantisedPagesInTiers])
+def test_no_order_of_operations_leaks_or_spoils_a_page_in_tiers(machine, tmp_path):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine.folder = tmp_path
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    assert not list(tmp_path.iterdir()), "files have no name"
 
 
 @pytest.mark.parametrize("machine", [Pages, QuantisedPages, PagesOfBits, PagesOfFewBits])

@@ -92,6 +92,13 @@ class Choosing(Mechanism):
         windows = torch.arange(first + 1, first + 1 + count) - self.window_starts(first, count)
         if chosen is None:
             return attend_window(q, kv, first, windows, scale)[0]
+        if kv.mass is not None and count == 1:
+            # What was chosen counts alike: blocks have scores of bounds, which are no shares of attention.
+            kv.mass.step(-(-int(self.window_starts(first, 1)) // PAGE))
+            read = chosen[0] if chosen[1] is None else chosen[0][chosen[1]]
+            kv.mass.add(
+                0, read * self.block // PAGE, torch.full_like(read, 1 / max(1, read.numel()), dtype=torch.float)
+            )
         index, valid = tokens_of_blocks(*chosen, self.block)
         return attend_indexed(q, kv, first, windows, index, valid, scale, near=True)[0]
 

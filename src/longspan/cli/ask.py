@@ -29,6 +29,7 @@ def ask(
     prefill: options.Prefill = None,
     kv: options.KVFormat = "auto",
     kv_budget: options.KVBudget = None,
+    kv_tier: options.KVTier = None,
     weights: options.Weights = "auto",
     quote: options.Quote = True,
     session: options.SessionName = None,
@@ -58,6 +59,7 @@ def ask(
             prefill=prefill,
             kv=kv,
             kv_budget=kv_budget,
+            kv_tier=kv_tier,
             weights=weights,
             quote=quote,
         )
@@ -79,10 +81,12 @@ def ask(
             kept = f": what was read is saved; ask again with --session {session}" if session else ""
             raise Cancelled(f"stopped{kept}") from error
     if json:
-        output.write_json(_as_json(answer, read, session, reading))
+        output.write_json(_as_json(answer, read, session, reading) | work.tiers_json(llm))
     else:
         output.write(output.passages(answer.citations, f"{question} {answer.text}"))
         tell(answer, read)
+        if told := work.tiers_line(llm):
+            output.say(told, dim=True)
 
 
 def tell(answer: Answer, read: Stats) -> None:

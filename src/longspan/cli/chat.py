@@ -46,6 +46,7 @@ def chat(
     prefill: options.Prefill = None,
     kv: options.KVFormat = "auto",
     kv_budget: options.KVBudget = None,
+    kv_tier: options.KVTier = None,
     weights: options.Weights = "auto",
     quote: options.Quote = True,
     session: options.SessionName = None,
@@ -72,6 +73,7 @@ def chat(
             prefill=prefill,
             kv=kv,
             kv_budget=kv_budget,
+            kv_tier=kv_tier,
             weights=weights,
             quote=quote,
         )
@@ -182,6 +184,8 @@ class _Chat:
             answer, read = self.last
             speed, cached = prefill_speed(answer, read), read.cached_tokens
             output.write(output.stats_line(answer.stats, cached, speed, answer.attention, answer.model) + "\n")
+        if told := work.tiers_line(self.llm):
+            output.write(told + "\n")
 
     def _save(self, name: str) -> None:
         before = self.session.name

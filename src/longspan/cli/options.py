@@ -65,6 +65,15 @@ KVBudget = Annotated[
     str | None,
     typer.Option("--kv-budget", metavar="BYTES", help="Most memory for keys and values, such as 8GiB or 500MB."),
 ]
+KVTier = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-tier",
+        metavar="SPEC",
+        help="Where pages move that --kv-budget does not hold, to be read from there: "
+        "host=8GiB,disk=50GiB:FOLDER, either part or both.",
+    ),
+]
 Weights = Annotated[
     str,
     typer.Option(

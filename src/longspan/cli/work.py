@@ -85,6 +85,7 @@ def load(
     prefill: str | None = None,
     kv: str = "auto",
     kv_budget: str | None = None,
+    kv_tier: str | None = None,
     weights: str = "auto",
     quote: bool = True,
     dtype: str | None = None,
@@ -110,6 +111,7 @@ def load(
         prefill=prefill,
         kv=kv,
         kv_budget=limit,
+        kv_tier=kv_tier,
         weights=weights,
         quote=quote,
         say=progress.say,
@@ -170,6 +172,33 @@ def stream(generation: Generation, progress: Progress) -> Answer:
 def citations_json(answer: Answer) -> list[dict[str, Any]]:
     """Return the passages of an answer for JSON."""
     return [dataclasses.asdict(citation) for citation in answer.citations]
+
+
+def tiers_json(llm: LLM) -> dict[str, Any]:
+    """Return what lies below the device and what moved, for JSON; nothing where no tier was asked for."""
+    tiers = llm.tiers
+    if tiers is None:
+        return {}
+    held = {f"{tier}_bytes": budget.used for tier, budget in tiers.budgets.items()}
+    return {"tiers": held | dataclasses.asdict(tiers.traffic)}
+
+
+def tiers_line(llm: LLM) -> str:
+    """Return the same in one line; empty where no tier was asked for."""
+    if llm.tiers is None:
+        return ""
+    traffic, used = llm.tiers.traffic, {tier: budget.used for tier, budget in llm.tiers.budgets.items()}
+    told = [
+        f"{tier} {output.size(used[tier])} (moved down {output.size(down)}, up {output.size(up)})"
+        for tier, down, up in (
+            ("host", traffic.host_down, traffic.host_up),
+            ("disk", traffic.disk_down, traffic.disk_up),
+        )
+        if down
+    ]
+    if traffic.hits or traffic.waits or traffic.misses:
+        told.append(f"prefetched {traffic.hits:,}, waited for {traffic.waits:,}, not prefetched {traffic.misses:,}")
+    return "tiers: " + (", ".join(told) or "nothing lies below")
 
 
 def _stopped(llm: LLM, session: Session) -> str:

@@ -21,6 +21,7 @@ from longspan.hf.model import CausalModel
 from longspan.kv.base import BLOCK, PAGE
 from longspan.kv.budget import Budget
 from longspan.kv.pages import PagedKV, PagePool
+from longspan.kv.tiers import Tiers
 from longspan.kv.undisturbed import Undisturbed
 from longspan.retrieval.heads import Head, RetrievalHeads
 
@@ -253,6 +254,7 @@ def paged(
     budget: Budget | None = None,
     summaries: Sequence[str] = (),
     block: int = PAGE,
+    tiers: Tiers | None = None,
 ) -> PagedKV:
     """Return one layer's empty pages, in a pool of their own.
 
@@ -262,6 +264,8 @@ def paged(
         budget: the session's bytes; its root is the pool's.
         summaries: which summaries pages keep up to date.
         block: tokens that a summary stands for.
+        tiers: where copies of pages lie, and pages are read from that lie there alone; None: copies in host memory,
+            which are not read.
     """
     sizes = model.dimensions
     pool = PagePool(
@@ -275,8 +279,11 @@ def paged(
         summaries=summaries,
         # Blocks larger than a page are put together from pages.
         block=block if PAGE % block == 0 and block % BLOCK == 0 else PAGE,
+        tiers=tiers,
     )
-    return PagedKV(pool, model.rotary, budget)
+    kv = PagedKV(pool, model.rotary, budget)
+    kv.reads_below = tiers is not None
+    return kv
 
 
 def restore_layers(layers: Sequence[Layer], length: int, tensors: dict[str, Tensor]) -> None:

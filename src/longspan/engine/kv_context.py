@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, Shape, make
 from longspan.attention.evicting import Evicting
-from longspan.attention.rebalance import PageMass
+from longspan.attention.rebalance import FORMATS, PageMass
 from longspan.engine.asked_copy import AskedCopy
 from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
 from longspan.engine.kept_layers import KeptLayers
@@ -23,6 +23,7 @@ from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.kv.memory import LayerMemory
+from longspan.kv.tiers import Tiers
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import RetrievalHeads
 
@@ -43,6 +44,7 @@ class KVContext(Context):
         kv_format: str | None = None,
         budget: Budget | None = None,
         summaries: Sequence[str] | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         """Start empty.
 
@@ -53,12 +55,19 @@ class KVContext(Context):
             kv_format: format of full pages (`kv.formats.parse`); None: the model's number type.
             budget: bytes that all layers' pages and recurrent states may take together; None: no limit.
             summaries: which summaries pages keep up to date; None: those that the mechanism reads.
+            tiers: where pages move that the budget does not hold, to be read from there; None: only what a mechanism
+                can do without moves, to host memory.
 
         Raises:
             UnknownNameError, UsageError: no such format, or one that does not suit the model's number type.
-            UsageError: a budget below one page a layer and two recurrent states.
+            UsageError: a budget below one page a layer and two recurrent states; tiers for what forgets.
         """
         super().__init__(model, mechanism)
+        if tiers is not None and (mechanism.evicts or mechanism.bounded_memory):
+            raise UsageError(
+                f"{mechanism.name} forgets what it does not keep, and leaves nothing to lie below: leave out "
+                "--kv-tier, or give an attention that keeps everything"
+            )
         if mechanism.evicts and prefill not in (None, mechanism):
             raise UsageError(
                 f"{mechanism.name} forgets keys while it reads, and must read documents itself: leave out --prefill"
@@ -69,7 +78,7 @@ class KVContext(Context):
         """Every layer's memory where keys are evicted; None: `layers` holds it."""
         self._asked: AskedCopy | None = None
         self.layers = [
-            paged(model, kv_format, self.budget, kinds, mechanism.block)
+            paged(model, kv_format, self.budget, kinds, mechanism.block, tiers)
             for _ in range(model.dimensions.layers if self.kept is None else 0)
         ]
         self.recurrence = Recurrence(model.state_spec, self.layers, self.chunk, self.budget)
@@ -80,9 +89,10 @@ class KVContext(Context):
         )
         self.attend_by(mechanism)
         self._committed = 0
+        self._tiered = tiers is not None and self.budget.limited
         self._masses: list[PageMass] = []
         """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
-        if self._adapts:
+        if self._moves:
             self._masses = [PageMass() for _ in self.layers]
             for kv, mass in zip(self.layers, self._masses, strict=True):
                 kv.mass = mass
@@ -169,7 +179,13 @@ class KVContext(Context):
 
     @property
     def _adapts(self) -> bool:
-        return self.mechanism.adapts and self.budget.limited
+        """Whether pages are held in less detail, which only the mechanism reads."""
+        return self.mechanism.adapts and self.budget.limited and not self._tiered
+
+    @property
+    def _moves(self) -> bool:
+        """Whether pages give way to others within the budget."""
+        return self._adapts or self._tiered
 
     def _settle(self, new: int) -> None:
         """Make room for new tokens within the budget (PoolExhaustedError, and what becomes of pages: `resolutions`)."""
@@ -187,11 +203,14 @@ class KVContext(Context):
     def _needs(self, length: int, new: int) -> Needs:
         """Return what must stay exact of a context of `length` tokens while `new` ones are read."""
         # Documents and questions may be read by different mechanisms: what either of them reads exactly stays.
-        readers = (self.mechanism, self.prefill or newest(self.model, PREFILL_WINDOW))
+        readers = [self.mechanism, self.prefill or newest(self.model, PREFILL_WINDOW)]
+        if self._tiered:
+            readers = readers[:1]  # what others read may come from below
         sinks = max(int(getattr(reader, "sinks", 0)) for reader in readers)
         window = max(int(getattr(reader, "window", 0)) for reader in readers)
         # What may be taken back must stay, and a window's first page may be cut.
-        return Needs(length, new, sinks, window + 2 * PAGE + length - self._committed)
+        kept = window + 2 * PAGE + length - self._committed
+        return Needs(length, new, sinks, kept, () if self._tiered else FORMATS)
 
     def fork(self, budget: Budget | None = None) -> KVContext:
         """Return a context that has read the same tokens and shares every page until one of the two writes to it.
@@ -281,7 +300,7 @@ class KVContext(Context):
         """See `Context`."""
         before = self.length
         asked = Asked(self._reader(self.mechanism, for_good=False), heads)
-        if self._adapts:
+        if self._moves:
             self._settle(len(question))
         try:
             self.model.forward(question, asked, state=self.recurrence.state())
@@ -309,7 +328,7 @@ class KVContext(Context):
         try:
             restore_layers(self._layers(), len(tokens), tensors)
         except PoolExhaustedError:
-            if not self._adapts:
+            if not self._moves:
                 raise
             # It was read under a larger budget, or none.
             for kv in self.layers:
@@ -332,7 +351,7 @@ class KVContext(Context):
         if self.kept is not None and mechanism is not None:
             self._commit()  # an interruption may have come between reading and this
             self.kept.make_room(before, len(chunk), self.chunk)
-        if self._adapts:
+        if self._moves:
             self._settle(len(chunk))
         else:
             # Checkpoints give way to pages; each layer may have to copy the page that it shares with a fork.

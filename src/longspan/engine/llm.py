@@ -32,6 +32,7 @@ from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
 from longspan.kv.budget import Budget
+from longspan.kv.tiers import TierLimits, Tiers
 from longspan.retrieval import heads as heads_store
 from longspan.retrieval.calibrate import calibrate
 from longspan.retrieval.documents import Reading, read_documents
@@ -47,8 +48,8 @@ _CITED = 4
 _LETTERS = 8
 """Characters that a token has at most in all but odd texts."""
 _INDEX_ALONE = (
-    "retrieval keeps no keys and values but its index: leave out --prefill, --kv and --kv-budget, or give an attention "
-    "that keeps them, such as --attention quest"
+    "retrieval keeps no keys and values but its index: leave out --prefill, --kv, --kv-budget and --kv-tier, or give "
+    "an attention that keeps them, such as --attention quest"
 )
 
 
@@ -65,6 +66,7 @@ class LLM:
         prefill: str | Mechanism | None = None,
         kv: str = formats.AUTO,
         kv_budget: int | None = None,
+        kv_tier: str | TierLimits | None = None,
         weights: str = "auto",
         quote: bool = True,
         store: SessionStore | None = None,
@@ -83,6 +85,8 @@ class LLM:
             kv: how keys and values are kept: `fp32`, `fp16`, `bf16`, `fp8`, `int8`, `int4`, `int2`, with options such
                 as `int4:group=64` (docs/kv_formats.md); `auto`: as the model computes.
             kv_budget: bytes that the keys and values of all sessions may take together; None: no limit.
+            kv_tier: where pages move that the budget does not hold, and are read from: `host=8GiB,disk=50GiB:FOLDER`,
+                either part alone or both; None: what needs more than the budget is refused.
             weights: how weights are read in decode on a CPU: `auto`, `own` or `int8` (see `hf.loading.load`); a model
                 that is given knows it already.
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
@@ -95,6 +99,11 @@ class LLM:
             UsageError: no such device or way to read weights, or a format that the number type can't hold.
         """
         chosen = None if attention in (None, _AUTO) else parse(attention)
+        if kv_tier is not None and kv_budget is None:
+            raise UsageError("--kv-tier is for pages that a budget does not hold: give --kv-budget as well")
+        limits = TierLimits.parse(kv_tier) if isinstance(kv_tier, str) else kv_tier
+        self.tiers = None if limits is None else Tiers(limits)
+        """Where pages lie that the budget does not hold, and what moved; None: nowhere."""
         self.prefill_by = None if prefill is None else parse(prefill)
         self._keeps_as_asked = prefill is not None or kv != formats.AUTO or kv_budget is not None
         if self._keeps_as_asked and _reads_again(chosen):
@@ -459,6 +468,7 @@ class LLM:
             self.prefill_by,
             kv_format=self._kv_format,
             budget=Budget(None, "session's KV", self.kv_budget),
+            tiers=self.tiers,
         )
 
     def _context_tokens(self, session: Session, context: Context) -> list[int]:

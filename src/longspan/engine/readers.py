@@ -30,8 +30,17 @@ class Attending:
         kv = self.layers[layer]
         with Undisturbed():
             kv.append(k, v)
+        self._look_ahead(layer + 1)
         hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
         return self.mechanism.attend(q, kv, scale=scale, hints=hints)
+
+    def _look_ahead(self, layer: int) -> None:
+        """Have the next layer's pages brought up that lie below and will be read, while this one attends."""
+        if layer < len(self.layers) and (kv := self.layers[layer]).exact:
+            if self.hints.chosen_pages:
+                kv.prefetch(self.hints.chosen_pages)
+            else:
+                kv.prefetch(sorted(kv.exact) if self.mechanism.reads_all else None)
 
 
 class Asked:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longspan.attention.rebalance import PageMass, rebalance
+from longspan.attention.rebalance import FORMATS, PageMass, rebalance
 from longspan.errors import PoolExhaustedError, UsageError
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget, size
@@ -31,12 +31,14 @@ class Needs:
     """First tokens whose pages stay as exact as they can be."""
     window: int
     """Newest tokens whose pages do."""
+    formats: tuple[str, ...] = FORMATS
+    """What pages are held in between their summary and what they come in; none where those below are read."""
 
 
 def settle(layers: Sequence[PagedKV], masses: Sequence[PageMass], nbytes: int, needs: Needs, budget: Budget) -> None:
     """Hold cold pages of every layer in less detail and hot ones in more, so that new tokens fit as well.
 
-    Demoted pages leave a copy of what they were held as in host memory, which no budget counts.
+    Demoted pages leave a copy of what they were held as below, which this budget does not count.
 
     Args:
         layers: of the context.
@@ -63,6 +65,7 @@ def demoted(
     out: dict[str, Tensor] = {}
     for i, kv in enumerate(layers):
         free = PagedKV(kv.pool.empty(), kv.rotary)
+        free.reads_below = kv.reads_below
         free.restore(f"{i}.", needs.length, tensors)
         _settle(free, PageMass(), nbytes // len(layers), nbytes, needs, budget)
         out |= free.tensors(f"{i}.")
@@ -77,7 +80,7 @@ def _settle(kv: PagedKV, mass: PageMass, share: int, nbytes: int, needs: Needs, 
     share -= (pages + 1) * pool.marks.page_bytes + (pages - now + 1) * pool.native.page_bytes
     window, sinks = max(needs.window, pool.format.residual), max(needs.sinks, pool.format.sinks)
     try:
-        rebalance(kv, mass.pages(now), share, sinks=sinks, window=window)
+        rebalance(kv, mass.pages(now), share, formats=needs.formats, sinks=sinks, window=window)
     except UsageError as error:
         raise PoolExhaustedError(
             f"the {budget.root.name} budget of {size(nbytes)} does not hold the newest {window} tokens of every layer: "

@@ -14,17 +14,20 @@ from longspan.errors import PoolExhaustedError, UsageError
 class Budget:
     """A number of bytes and how many of them are used."""
 
-    def __init__(self, limit: int | None = None, name: str = "KV", parent: Budget | None = None) -> None:
+    def __init__(
+        self, limit: int | None = None, name: str = "KV", parent: Budget | None = None, option: str = "--kv-budget"
+    ) -> None:
         """Start with nothing used.
 
         Args:
             limit: bytes; None: no limit.
             name: whose budget it is, as errors name it.
             parent: the budget of all sessions, where this is one session's.
+            option: by which it is set, as errors name it.
         """
         if limit is not None and limit <= 0:
-            raise UsageError(f"a KV budget of {limit} bytes holds nothing: give a number above 0 (--kv-budget)")
-        self.limit, self.name, self.parent = limit, name, parent
+            raise UsageError(f"a KV budget of {limit} bytes holds nothing: give a number above 0 ({option})")
+        self.limit, self.name, self.parent, self.option = limit, name, parent, option
         self.used = 0
         self.reserved = 0
         """Bytes of the memory that was set aside, free slots included (only a root knows)."""
@@ -62,7 +65,7 @@ class Budget:
             if budget.limit is not None and more > 0 and budget.used + more > budget.limit:
                 raise PoolExhaustedError(
                     f"the {budget.name} budget of {size(budget.limit)} is spent ({size(budget.used)} used, "
-                    f"{size(more)} more needed): raise it (--kv-budget), or close a session"
+                    f"{size(more)} more needed): raise it ({budget.option}), or close a session"
                 )
             budget = budget.parent
         budget = self

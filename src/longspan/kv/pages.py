@@ -53,7 +53,7 @@ class PagedKV(PageResolver):
         assert self.budget.root is pool.budget.root, "a session's budget is a part of its pool's"
         self.budget.require(pool.least_bytes, "one page of a layer")
         self.pages, self.blocks, self.mirror = SlotTable(), BlockSummaries(pool), Mirror()
-        self.exact: dict[int, int] = {}  # page: slot of its exact copy in host memory
+        self.exact: dict[int, int] = {}  # page: handle of its exact copy below
         self._written = self._fresh = 0  # pages before: looked at at a commit, and between commits
         self.rounded: set[int] = set()  # pages of the native type whose first tokens went through a smaller format
         self._length = self._committed = 0
@@ -71,7 +71,7 @@ class PagedKV(PageResolver):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this context refers to, summaries included and exact copies in host memory left out."""
+        """Bytes that this context refers to, summaries included and exact copies below left out."""
         remembered = 0 if self.memory is None else self.memory.nbytes
         return sum(plane.page_bytes for plane, _ in self._referred()) + remembered
 
@@ -200,8 +200,9 @@ class PagedKV(PageResolver):
         for plane, slot in shared:
             plane.share([slot])
         for handle in self.exact.values():
-            host, slot = self.pool.find_host(handle)
-            host.share([slot])
+            below, slot = self.pool.find_below(handle)
+            below.share([slot])
+        other.reads_below = self.reads_below
         other.pages, other.blocks, other.mirror = SlotTable(self.table), self.blocks.fork(), self.mirror.fork()
         other.exact, other.rounded = dict(self.exact), set(self.rounded)
         other._written, other._fresh = self._written, self._fresh
@@ -226,6 +227,7 @@ class PagedKV(PageResolver):
             PoolExhaustedError: it is more than the budget has left. In both cases the context is as it was.
         """
         parts = saved.checked(self, prefix, length, tensors)
+        self.pool.tiers.require(parts.below_bytes(self.pool))
         memory = saved.remembered(self, prefix, length, tensors, parts)
         try:
             self._charge(parts.takes(self.pool), self._referred())
@@ -249,10 +251,13 @@ class PagedKV(PageResolver):
         """See `pool.Movable`."""
         if plane is self.pool.marks:
             self.blocks.table.move(moves)
-        elif any(host is plane for host in self.pool.hosts):
-            base = next(host.handle(0) for host in self.pool.hosts if host is plane)
-            here = {base + old: base + new for old, new in moves.items()}
-            self.exact = {page: here.get(handle, handle) for page, handle in self.exact.items()}
+        elif any(below is plane for below in self.pool.below):
+            base = next(below.handle(0) for below in self.pool.below if below is plane)
+            self.relocated({base + old: base + new for old, new in moves.items()})
         else:
             base = next(made.handle(0) for made in self.pool.planes if made is plane)
             self.pages.move({base + old: base + new for old, new in moves.items()})
+
+    def relocated(self, handles: dict[int, int]) -> None:
+        """See `pool.Movable`."""
+        self.exact = {page: handles.get(handle, handle) for page, handle in self.exact.items()}

@@ -1,4 +1,4 @@
-"""The memory of one layer: planes by format, summaries, and exact copies in host memory.
+"""The memory of one layer: planes by format, summaries, and exact copies in the tiers below (`tiers.py`).
 
 Pages of any number of contexts lie in a pool, shared by reference count. A page table entry is a handle, plane and slot
 in one number; the native plane (the type that keys are computed in) has number 0, so that its handles are slots.
@@ -20,9 +20,13 @@ from longspan.kv.base import BLOCK, PAGE, SUMMARIES
 from longspan.kv.budget import Budget
 from longspan.kv.encodings import Format
 from longspan.kv.planes import SHIFT, SLOT, PagePlane, Plane
+from longspan.kv.records import RecordPlane
+from longspan.kv.tiers import DISK, HOST, Tiers
 
 SUMMARY = "summary"
-"""The resolution of a page of which only summaries are left (and perhaps a copy in host memory)."""
+"""The resolution of a page of which only summaries are left (and perhaps a copy below)."""
+_MOVED = 16
+"""Copies that move from host memory to disk together at least, where there is room."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Movable(Protocol):
     def moved(self, plane: Plane, moves: dict[int, int]) -> None:
         """Follow the slots of a plane that were moved, from old to new."""
 
+    def relocated(self, handles: dict[int, int]) -> None:
+        """Follow copies below the device that were moved, from old handle to new."""
+
 
 class PagePool:
     """Slots for the pages of one layer, of every context that shares this pool."""
@@ -59,6 +66,7 @@ class PagePool:
         kv_format: str | None = None,
         summaries: Sequence[str] = (),
         block: int = PAGE,
+        tiers: Tiers | None = None,
     ) -> None:
         """Start without any slot.
 
@@ -72,6 +80,7 @@ class PagePool:
             kv_format: format of full pages (`formats.parse`); None: the float type itself.
             summaries: which of `kv.base.SUMMARIES` are kept up to date for every page.
             block: tokens that one summary stands for, a divisor of `PAGE` and a multiple of `BLOCK`.
+            tiers: where copies of pages lie; None: in host memory, as much as it takes.
 
         Raises:
             UnknownNameError: no such format.
@@ -94,9 +103,9 @@ class PagePool:
             device,
             root,
         )
-        self._hosts: list[PagePlane] = []
+        self.tiers = tiers or Tiers()
+        self._below: list[RecordPlane] = []
         self._ladders: dict[tuple[str, ...], list[Resolution]] = {}
-        self.host = self.host_plane(self.native.format)
         self.budget.require(self.least_bytes, "one page of a layer")
 
     @property
@@ -171,9 +180,9 @@ class PagePool:
         )
 
     @property
-    def hosts(self) -> Sequence[PagePlane]:
-        """The planes of copies in host memory, by number; the native type's is the first."""
-        return self._hosts
+    def below(self) -> Sequence[RecordPlane]:
+        """The planes of copies below the device, by number, in whichever tier."""
+        return self._below
 
     def plane(self, spec: str) -> PagePlane:
         """Return the plane of a format, made on first use (UnknownNameError, UsageError: see `formats.format_of`).
@@ -184,12 +193,47 @@ class PagePool:
 
     def plane_of(self, made: Format) -> PagePlane:
         """Return the plane of a format, made on first use."""
-        return self._plane_of(made, self._planes, self.device, self.budget.root)
+        for plane in self._planes:
+            if plane.format.coding == made.coding:
+                return plane
+        self._planes.append(PagePlane(len(self._planes), made, self.kv_heads, self.dims, self.device, self.budget.root))
+        return self._planes[-1]
 
-    def host_plane(self, made: Format) -> PagePlane:
-        """Return the plane of copies in host memory that are held in a format, made on first use."""
-        # Host memory is nobody's budget here: a copy there is what frees the device.
-        return self._plane_of(made, self._hosts, torch.device("cpu"), Budget())
+    def plane_below(self, made: Format, tier: str) -> RecordPlane:
+        """Return the plane of copies that are held in a format and a tier, made on first use."""
+        for plane in self._below:
+            if plane.format.coding == made.coding and plane.tier == tier:
+                return plane
+        number = len(self._below)
+        self._below.append(RecordPlane(number, made, self.kv_heads, self.dims, self.device, self.tiers, tier))
+        return self._below[-1]
+
+    def place_below(self, made: Format, count: int) -> list[tuple[RecordPlane, int]]:
+        """Take slots for copies of pages in a format: in host memory, from which the oldest move to disk for them.
+
+        Raises:
+            PoolExhaustedError: the tiers have no room for so many; none was taken.
+        """
+        host = self.plane_below(made, HOST)
+        left = self.tiers.left(HOST)
+        lacking = 0 if left is None else max(0, count - left // host.page_bytes)
+        if lacking:
+            self.tiers.require(count * host.page_bytes)
+            # What was used last stays near; moved by the dozen, since every context must hear of it.
+            moved = host.oldest(max(lacking, min(_MOVED, (self.tiers.left(DISK) or 0) // host.page_bytes)))
+            if moved:
+                self._relocate(host.hand_over(self.plane_below(made, DISK), moved))
+            left = self.tiers.left(HOST)
+            lacking = 0 if left is None else max(0, count - left // host.page_bytes)
+        slots = [(host, slot) for slot in host.take(count - lacking)]
+        if lacking:
+            disk = self.plane_below(made, DISK)
+            try:
+                slots += [(disk, slot) for slot in disk.take(lacking)]
+            except BaseException:
+                host.release([slot for _, slot in slots])
+                raise
+        return slots
 
     def page_bytes(self, spec: str) -> int:
         """Return the bytes of one page of keys and values in a format, scales included (errors: as `plane`)."""
@@ -200,19 +244,19 @@ class PagePool:
         """Return the plane and the slot of a handle."""
         return self._planes[handle >> SHIFT], handle & SLOT
 
-    def find_host(self, handle: int) -> tuple[PagePlane, int]:
-        """Return the plane and the slot of the handle of a copy in host memory."""
-        return self._hosts[handle >> SHIFT], handle & SLOT
+    def find_below(self, handle: int) -> tuple[RecordPlane, int]:
+        """Return the plane and the slot of the handle of a copy below the device."""
+        return self._below[handle >> SHIFT], handle & SLOT
+
+    def by_plane_below(self, handles: Sequence[int]) -> dict[RecordPlane, list[int]]:
+        """Return which of these handles, by their place in the list, lie in each plane below the device."""
+        found: dict[RecordPlane, list[int]] = {}
+        for i, handle in enumerate(handles):
+            found.setdefault(self._below[handle >> SHIFT], []).append(i)
+        return found
 
     def _format(self, spec: str) -> Format:
         return self.format if spec == self.format.name else formats.format_of(spec, self.dtype)
-
-    def _plane_of(self, made: Format, planes: list[PagePlane], device: torch.device, budget: Budget) -> PagePlane:
-        for plane in planes:
-            if plane.format.coding == made.coding:
-                return plane
-        planes.append(PagePlane(len(planes), made, self.kv_heads, self.dims, device, budget))
-        return planes[-1]
 
     def reserve(self, slots: int) -> None:
         """Make room for at least this many pages of the native type."""
@@ -227,8 +271,13 @@ class PagePool:
 
         A budget counts pages; the memory they leave behind when they are demoted is only freed here.
         """
-        for plane in (*self._planes, self.marks, *self._hosts):
+        for plane in (*self._planes, self.marks, *self._below):
             if plane.free_slots:
                 moves = plane.compact()
                 for context in list(self._contexts):
                     context.moved(plane, moves)
+
+    def _relocate(self, handles: dict[int, int]) -> None:
+        """Tell every context of copies that lie elsewhere now, by their handles."""
+        for context in list(self._contexts):
+            context.relocated(handles)

@@ -35,7 +35,11 @@ class PageReader(LayerKV):
     blocks: BlockSummaries
     mirror: Mirror
     exact: dict[int, int]
-    """Pages that have a copy in host memory, more exact than what is held, and its handle there."""
+    """Pages that have a copy below, more exact than what is held, and its handle there."""
+    reads_below: bool = False
+    """Whether a page of which nothing else is held is read from its copy below, at the price of moving it."""
+    _read_below: Sequence[int] = ()
+    """Pages that were read from there last."""
     _length: int
 
     @property
@@ -59,7 +63,7 @@ class PageReader(LayerKV):
     def known_keys(self, start: int, stop: int) -> Tensor:
         """Return what is known of unrotated keys, `[1, Hkv, stop - start, D]`, whether they can be read or not.
 
-        A page that was demoted gives its copy in host memory, or else what is held, be it its mean key for each of its
+        A page that was demoted gives its copy below, or else what is held, be it its mean key for each of its
         tokens: enough to find it.
         """
         readable = self.readable()
@@ -141,6 +145,8 @@ class PageReader(LayerKV):
         if self.pages.plain:
             return None
         held = self.pages.tensor(self.pool.device) != DROPPED
+        if self.reads_below and self.exact:
+            held[torch.tensor(list(self.exact), device=held.device)] = True
         return None if bool(held.all()) else held
 
     def _read(self, what: str, start: int, stop: int) -> Tensor:
@@ -151,7 +157,9 @@ class PageReader(LayerKV):
             return torch.empty(1, pool.kv_heads, 0, pool.dims[what], dtype=pool.dtype, device=pool.device)
         first, last = start // PAGE, -(-stop // PAGE)
         handle = self.pages.run(first, last)
-        if handle is not None:
+        if self.reads_below and self._below(first, last):
+            pages = self.whole_pages(torch.arange(first, last), what)
+        elif handle is not None:
             assert handle != DROPPED, "a dropped page was asked for"
             plane, slot = pool.find(handle)
             pages = plane.read(slice(slot, slot + last - first), what, pool.dtype)
@@ -165,8 +173,10 @@ class PageReader(LayerKV):
         """Return `k` or `v` of the pages in `which` (int64 `[n]`) as `[Hkv, n, PAGE, D]`, behind the last token too."""
         pool = self.pool
         handles = self.pages.tensor(pool.device)[which.to(pool.device)]
-        assert not bool((handles == DROPPED).any()), "a dropped page was asked for"
+        away = (handles == DROPPED).nonzero().flatten()
         out = torch.empty(pool.kv_heads, len(which), PAGE, pool.dims[what], dtype=pool.dtype, device=pool.device)
+        if away.numel():
+            out[:, away] = self._from_copies(which.to(pool.device)[away].tolist(), what)
         for plane in pool.planes:
             mine = (handles >> SHIFT == plane.number).nonzero().flatten()
             if mine.numel():
@@ -174,15 +184,33 @@ class PageReader(LayerKV):
         return out
 
     def copies(self, pages: Sequence[int], what: str) -> Tensor:
-        """Return `k` or `v` of pages that have a copy in host memory, as `[Hkv, n, PAGE, D]` on the pool's device."""
+        """Return `k` or `v` of pages that have a copy below, as `[Hkv, n, PAGE, D]` on the pool's device."""
         pool = self.pool
         out = torch.empty(pool.kv_heads, len(pages), PAGE, pool.dims[what], dtype=pool.dtype, device=pool.device)
-        handles = torch.tensor([self.exact[page] for page in pages])
-        for plane in pool.hosts:
-            mine = (handles >> SHIFT == plane.number).nonzero().flatten()
-            if mine.numel():
-                out[:, mine.to(pool.device)] = plane.read(handles[mine] & SLOT, what, pool.dtype).to(pool.device)
+        handles = [self.exact[page] for page in pages]
+        for below, mine in pool.by_plane_below(handles).items():
+            out[:, mine] = below.pages([handles[i] & SLOT for i in mine], what, pool.dtype)
         return out
+
+    def prefetch(self, pages: Sequence[int] | None = None) -> None:
+        """Ask for pages that will be read soon and lie below; None: those that were read from there last."""
+        wanted = [self.exact[p] for p in (self._read_below if pages is None else pages) if self._away(p)]
+        for below, mine in self.pool.by_plane_below(wanted).items():
+            if below.prefetches:
+                self.pool.tiers.prefetcher.want(below, [wanted[i] & SLOT for i in mine])
+
+    def _away(self, page: int) -> bool:
+        return page in self.exact and page < len(self.table) and self.table[page] == DROPPED
+
+    def _below(self, first: int, last: int) -> bool:
+        """Whether one of the pages `first .. last - 1` is held below alone."""
+        return not self.pages.plain and DROPPED in self.table[first:last]
+
+    def _from_copies(self, pages: list[int], what: str) -> Tensor:
+        """Return `k` or `v` of pages that are held below alone, as `copies` does."""
+        assert self.reads_below and all(page in self.exact for page in pages), "a dropped page was asked for"
+        self._read_below = pages
+        return self.copies(pages, what)
 
     def _several(self, first: int, last: int, what: str) -> Tensor:
         """Return `k` or `v` of neighbouring pages in several planes or places, as `whole_pages` does."""
@@ -207,11 +235,15 @@ class PageReader(LayerKV):
             # int64 throughout: a pool of one layer of a 10M context passes 2^31 elements.
             flat = handle * PAGE + offset
             return held[:, flat[0]] if index.shape[0] == 1 else _rows(held, flat)
-        assert not bool((handle == DROPPED).any()), "a dropped page was asked for"
         shape = (pool.kv_heads, index.shape[1])
         head = torch.arange(pool.kv_heads, device=pool.device).unsqueeze(1).expand(shape).flatten()
         handle, offset = handle.expand(shape).flatten(), offset.expand(shape).flatten()
         out = torch.empty(len(head), pool.dims[what], dtype=pool.dtype, device=pool.device)
+        away = (handle == DROPPED).nonzero().flatten()
+        if away.numel():
+            page = (index // PAGE).expand(shape).flatten()[away]
+            pages, where = page.unique(return_inverse=True)
+            out[away] = self._from_copies(pages.tolist(), what)[head[away], where, offset[away]]
         for plane in pool.planes:
             mine = (handle >> SHIFT == plane.number).nonzero().flatten()
             if mine.numel():

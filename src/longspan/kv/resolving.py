@@ -1,6 +1,6 @@
 """One context's pages in less or more detail: a smaller format, their summaries alone, or brought back.
 
-A page that is demoted may leave a copy of what it was held as in host memory, which no budget counts; from there it can
+A page that is demoted may leave a copy of what it was held as below, which no budget counts; from there it can
 be promoted again, and written down in any smaller format without rounding twice. It does not know which pages matter:
 `attention/rebalance.py` does.
 """
@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longspan.errors import PoolExhaustedError
 from longspan.kv.base import PAGE
-from longspan.kv.planes import SHIFT, PagePlane
+from longspan.kv.planes import SHIFT, PagePlane, Plane
 from longspan.kv.pool import SUMMARY, Resolution
+from longspan.kv.records import RecordPlane
 from longspan.kv.tables import DROPPED
 from longspan.kv.writing import PageWriter
 
@@ -27,7 +29,7 @@ class PageResolver(PageWriter):
         return self.pool.ladder(formats)
 
     def levels(self, ladder: Sequence[Resolution]) -> tuple[Tensor, Tensor]:
-        """Return where on a ladder each page is held, and where its copy in host memory is, int64 `[pages]` each.
+        """Return where on a ladder each page is held, and where its copy below is, int64 `[pages]` each.
 
         A page without a copy, or of which nothing but a copy of less is there, can't be brought higher than it is held.
         """
@@ -37,13 +39,13 @@ class PageResolver(PageWriter):
             return max(i for i, resolution in enumerate(ladder) if resolution.bits <= plane.format.bits)
 
         by_plane = torch.tensor([level(plane) for plane in self.pool.planes])
-        by_host = [level(plane) for plane in self.pool.hosts]
+        by_below = [level(plane) for plane in self.pool.below]
         handles = self.pages.tensor(self.pool.device).cpu()
         held = torch.where(handles == DROPPED, 0, by_plane[(handles >> SHIFT).clamp(min=0)])
         best = held.clone()
         if self.exact:
             copied = torch.tensor(list(self.exact))
-            best[copied] = torch.tensor([by_host[handle >> SHIFT] for handle in self.exact.values()])
+            best[copied] = torch.tensor([by_below[handle >> SHIFT] for handle in self.exact.values()])
         return held, torch.maximum(held, best)
 
     def resolution(self, page: int) -> str:
@@ -60,12 +62,13 @@ class PageResolver(PageWriter):
         Args:
             pages: numbers of pages; each once.
             to: a format (`pool.plane`), or `summary`.
-            keep_exact: whether a copy stays in host memory, for `promote`: one of what is held now, or the one that is
+            keep_exact: whether a copy stays below, for `promote`: one of what is held now, or the one that is
                 there already.
 
         Raises:
             UnknownNameError, UsageError: no such format, or none for this float type.
-            PoolExhaustedError: other contexts share the pages, and the budget has no room for the smaller ones beside.
+            PoolExhaustedError: other contexts share the pages, and the budget has no room for the smaller ones beside;
+                or the tiers have none for copies. Nothing was changed.
         """
         assert all(0 <= page < self._committed // PAGE for page in pages), "only pages that were committed are demoted"
         plane = None if to == SUMMARY else self.pool.plane(to)
@@ -74,11 +77,16 @@ class PageResolver(PageWriter):
         held = [page for page in held if self.pool.find(self.table[page])[0].format.bits > bits]
         if not held:
             return
-        assert plane is not None or self.blocks.kept, "the pool keeps no summary that could stand for a page"
+        stands = self.blocks.kept or (keep_exact and self.reads_below)
+        assert plane is not None or stands, "the pool keeps no summary that could stand for a page"
         gone = [self.pool.find(self.table[page]) for page in held]
-        self._charge({} if plane is None else {plane: len(held)}, gone)
-        if keep_exact:
-            self._keep_copies(held)
+        places = self._place_copies(held) if keep_exact else {}
+        try:
+            self._charge({} if plane is None else {plane: len(held)}, gone)
+        except PoolExhaustedError:
+            self._release(places.values())
+            raise
+        self._keep_copies(places)
         if plane is None:
             for page in held:
                 self.pages.put(page, DROPPED)
@@ -90,7 +98,7 @@ class PageResolver(PageWriter):
         self._release(gone)
 
     def promote(self, pages: Sequence[int], to: str | None = None) -> None:
-        """Bring pages back from their copies in host memory.
+        """Bring pages back from their copies below.
 
         Args:
             pages: numbers of pages; each once.
@@ -102,24 +110,29 @@ class PageResolver(PageWriter):
         """
         assert all(page in self.exact for page in pages), "no exact copy of the page was kept"
         gone = [self.pool.find(self.table[page]) for page in pages if self.table[page] != DROPPED]
-        copies = [self.pool.find_host(self.exact[page]) for page in pages]
-        planes = [self.pool.plane_of(host.format) if to is None else self.pool.plane(to) for host, _ in copies]
-        by_plane = {plane: [i for i, each in enumerate(planes) if each is plane] for plane in planes}
-        self._charge({plane: len(mine) for plane, mine in by_plane.items()}, gone)
-        for plane, mine in by_plane.items():
+        copies = [self.pool.find_below(self.exact[page]) for page in pages]
+        planes = [self.pool.plane_of(below.format) if to is None else self.pool.plane(to) for below, _ in copies]
+        takes: dict[Plane, int] = {}
+        for plane in planes:
+            takes[plane] = takes.get(plane, 0) + 1
+        self._charge(takes, gone)
+        by_planes: dict[tuple[PagePlane, RecordPlane], list[int]] = {}
+        for i, (plane, (below, _)) in enumerate(zip(planes, copies, strict=True)):
+            by_planes.setdefault((plane, below), []).append(i)
+        for (plane, below), mine in by_planes.items():
             chosen = [pages[i] for i in mine]
             if to is not None:
                 self._recode(chosen, plane, {what: self.copies(chosen, what) for what in ("k", "v")})
                 continue
             slots = plane.take(len(mine))
-            plane.import_from(copies[mine[0]][0], [copies[i][1] for i in mine], slots)
+            below.export_to(plane, [copies[i][1] for i in mine], slots)
             for page, slot in zip(chosen, slots, strict=True):
                 self.pages.put(page, plane.handle(slot))
             self._forget_copies(chosen)
         self._release(gone)
 
     def _best(self, pages: Sequence[int], what: str) -> Tensor:
-        """Return `k` or `v` of pages `[Hkv, n, PAGE, D]`, from their copies in host memory where they have one."""
+        """Return `k` or `v` of pages `[Hkv, n, PAGE, D]`, from their copies below where they have one."""
         numbers = self.whole_pages(torch.tensor(pages), what)
         copied = [i for i, page in enumerate(pages) if page in self.exact]
         if copied:

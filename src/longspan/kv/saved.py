@@ -1,8 +1,8 @@
 """What goes to a file of one layer's pages, and what comes back.
 
 Tensors by name: `pages`, `k` and `v` of the pages in the native type; `FORMAT.pages`, `FORMAT.k`, `FORMAT.k_scale`
-and so on of those in another format, named with the options that say what its codes mean; `host.*` of copies in host
-memory, in the same way; `marks.*` of the summaries of pages that are not held
+and so on of those in another format, named with the options that say what its codes mean; `host.*` of copies below the
+device, in the same way; `marks.*` of the summaries of pages that are not held
 exactly (others are computed again), and `asked.KIND.BLOCK` of summaries that the pool does not keep itself; `memory.*`
 of what a mechanism remembers beside pages.
 It does not know files: the sessions' store does.
@@ -22,9 +22,10 @@ from longspan.kv import formats
 from longspan.kv.base import PAGE
 from longspan.kv.encodings import Format
 from longspan.kv.memory import LayerMemory
-from longspan.kv.planes import PagePlane, Plane
+from longspan.kv.planes import SLOT, PagePlane, Plane
 from longspan.kv.pool import PagePool
 from longspan.kv.tables import DROPPED, NATIVE, SlotTable
+from longspan.kv.tiers import HOST
 
 if TYPE_CHECKING:
     from longspan.kv.pages import PagedKV
@@ -40,12 +41,17 @@ def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
         held = [page for page, handle in enumerate(kv.table) if handle != DROPPED and pool.find(handle)[0] is plane]
         if held or plane is pool.native:
             slots = [pool.find(kv.table[page])[1] for page in held]
-            out.update(_plane_tensors(plane, slots, held, kv.length, _prefix(pool, plane)))
-    for host in pool.hosts:
-        held = [page for page in sorted(kv.exact) if pool.find_host(kv.exact[page])[0] is host]
-        if held:
-            slots = [pool.find_host(kv.exact[page])[1] for page in held]
-            out.update(_plane_tensors(host, slots, held, kv.length, f"host.{_prefix(pool, host)}"))
+            out.update(_plane_tensors(plane, slots, held, kv.length, _prefix(pool, plane.format)))
+    for made in {below.format.coding: below.format for below in pool.below}.values():
+        copied = [page for page in sorted(kv.exact) if pool.find_below(kv.exact[page])[0].format.coding == made.coding]
+        if copied:
+            found = _copies(pool, [kv.exact[page] for page in copied])
+            prefix_below = f"host.{_prefix(pool, made)}"
+            out[f"{prefix_below}pages"] = torch.tensor(copied, dtype=torch.int64)
+            for name, tensor in found.items():
+                if _saves(tensor):
+                    whole = tensor.shape[2] == PAGE
+                    out[prefix_below + name] = _without_tail(tensor, copied, kv.length, 1) if whole else tensor
     kept = [page for page, mark in enumerate(kv.blocks.table.slots) if mark != DROPPED and not _recomputed(kv, page)]
     if kept:
         marks = [kv.blocks.table.slots[page] for page in kept]
@@ -63,7 +69,7 @@ class Parts:
     """Saved tensors that were found to fit a context."""
 
     groups: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]]
-    exact: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]]
+    exact: dict[str, tuple[Format, list[int], Mapping[str, Tensor]]]
     marks: tuple[list[int], Mapping[str, Tensor]]
     asked: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -78,6 +84,10 @@ class Parts:
         takes[pool.marks] = len(self.summarised) if pool.summaries else 0
         return takes
 
+    def below_bytes(self, pool: PagePool) -> int:
+        """Return the bytes that copies take in the tiers below."""
+        return sum(pool.plane_below(made, HOST).page_bytes * len(pages) for made, pages, _ in self.exact.values())
+
     def unpack(self, kv: PagedKV) -> None:
         """Fill an empty context whose length is set and whose bytes are counted."""
         pool, count = kv.pool, -(-kv.length // PAGE)
@@ -87,11 +97,13 @@ class Parts:
             for page, slot in zip(pages, _fill(plane, len(pages), tensors), strict=True):
                 handles[page] = plane.handle(slot)
         kv.pages = SlotTable(handles)
-        kv.exact = {
-            page: host.handle(slot)
-            for host, (pages, tensors) in self.exact.items()
-            for page, slot in zip(pages, _fill(host, len(pages), tensors), strict=True)
-        }
+        kv.exact = {}
+        for made, pages, tensors in self.exact.values():
+            places = pool.place_below(made, len(pages))
+            for below in dict.fromkeys(below for below, _ in places):
+                mine = [i for i, (plane, _) in enumerate(places) if plane is below]
+                below.fill([places[i][1] for i in mine], {name: tensor[:, mine] for name, tensor in tensors.items()})
+            kv.exact.update((page, below.handle(slot)) for page, (below, slot) in zip(pages, places, strict=True))
         if pool.summaries:
             self._summaries(kv, count)
         kv.blocks.asked = {key: tensor.to(pool.device, pool.dtype).unsqueeze(0) for key, tensor in self.asked.items()}
@@ -118,13 +130,19 @@ def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]
     pool, count = kv.pool, -(-length // PAGE)
     held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     groups = {pool.native: _group(held, "", pool.native, count)}
-    exact: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]] = {}
+    exact: dict[str, tuple[Format, list[int], Mapping[str, Tensor]]] = {}
     for name in held:
         if name.endswith("pages") and name not in ("pages", "marks.pages"):
             in_host, spec = name.startswith("host."), name.removeprefix("host.").removesuffix("pages").removesuffix(".")
             made = _format(pool, spec)
-            plane = pool.host_plane(made) if in_host else pool.plane_of(made)
-            (exact if in_host else groups)[plane] = _group(held, name.removesuffix("pages"), plane, count)
+            if in_host:
+                exact[made.coding] = (
+                    made,
+                    *_group(held, name.removesuffix("pages"), pool.plane_below(made, HOST), count),
+                )
+            else:
+                plane = pool.plane_of(made)
+                groups[plane] = _group(held, name.removesuffix("pages"), plane, count)
     pages = [page for found, _ in groups.values() for page in found]
     marks = _group(held, "marks.", pool.marks, count) if pool.summaries and "marks.pages" in held else ([], {})
     asked = {}
@@ -137,7 +155,7 @@ def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]
             if tensor.shape[1] > length // int(block):
                 raise _unfit()
             asked[what, int(block)] = tensor
-    copied = [page for found, _ in exact.values() for page in found]
+    copied = [page for _, found, _ in exact.values() for page in found]
     if len(set(pages)) != len(pages) or len(set(copied)) != len(copied):
         raise _unfit()
     return Parts(groups, exact, marks, asked)
@@ -212,8 +230,20 @@ def _saves(tensor: Tensor) -> bool:
     return tensor.shape[-1] > 0
 
 
-def _prefix(pool: PagePool, plane: PagePlane) -> str:
-    return "" if plane.format is pool.native.format else f"{plane.format.coding}."
+def _prefix(pool: PagePool, made: Format) -> str:
+    return "" if made is pool.native.format else f"{made.coding}."
+
+
+def _copies(pool: PagePool, handles: list[int]) -> dict[str, Tensor]:
+    """Return the tensors of copies below in one format, in whichever tiers they lie, by name."""
+    out: dict[str, Tensor] = {}
+    for below, mine in pool.by_plane_below(handles).items():
+        slots = [handles[i] & SLOT for i in mine]
+        for name, tensor in below.held(slots).items():
+            if name not in out:
+                out[name] = tensor.new_empty(tensor.shape[0], len(handles), *tensor.shape[2:])
+            out[name][:, mine] = tensor
+    return out
 
 
 def _format(pool: PagePool, spec: str) -> Format:

@@ -15,6 +15,7 @@ from longspan.errors import PoolExhaustedError
 from longspan.kv.base import PAGE
 from longspan.kv.planes import PagePlane, Plane
 from longspan.kv.reading import PageReader
+from longspan.kv.records import RecordPlane
 from longspan.kv.tables import DROPPED, NATIVE
 
 Slots = Iterable[tuple[Plane, int]]
@@ -91,7 +92,7 @@ class PageWriter(PageReader):
         if self.pool.native in reopened:
             (slot,) = self.pool.native.take()
             if page in self.exact:
-                self._from_host(page, slot)
+                self._from_below(page, slot)
             else:
                 if not 0 <= self.table[page] < NATIVE:
                     self.rounded.add(page)
@@ -183,23 +184,37 @@ class PageWriter(PageReader):
             v = torch.cat([self.pool.values[:, slot, begun], v], 1)
         self.blocks.write(self, start, k, v)
 
-    def _from_host(self, page: int, slot: int) -> None:
-        """Copy a page's copy in host memory into a native slot, and give the copy up."""
+    def _from_below(self, page: int, slot: int) -> None:
+        """Copy a page's copy below into a native slot, and give the copy up."""
         for what in ("k", "v"):
             self.pool.native.write([slot], what, self.copies([page], what))
-        if self.pool.find_host(self.exact[page])[0] is not self.pool.host:
+        if self.pool.find_below(self.exact[page])[0].format is not self.pool.native.format:
             self.rounded.add(page)
         self._forget_copies([page])
 
-    def _keep_copies(self, pages: Sequence[int]) -> None:
-        """Copy pages as they are to host memory, those that have no copy there, which would be as exact or more."""
-        for plane in self.pool.planes:
-            mine = [page for page in pages if page not in self.exact and self.pool.find(self.table[page])[0] is plane]
-            if mine:
-                host = self.pool.host_plane(plane.format)
-                slots = host.take(len(mine))
-                host.import_from(plane, [self.pool.find(self.table[page])[1] for page in mine], slots)
-                self.exact.update((page, host.handle(slot)) for page, slot in zip(mine, slots, strict=True))
+    def _place_copies(self, pages: Sequence[int]) -> dict[int, tuple[RecordPlane, int]]:
+        """Return slots below for copies of those pages that have none (PoolExhaustedError: none was taken)."""
+        places: dict[int, tuple[RecordPlane, int]] = {}
+        try:
+            for plane in self.pool.planes:
+                held = [page for page in pages if page not in self.exact]
+                mine = [page for page in held if self.pool.find(self.table[page])[0] is plane]
+                if mine:
+                    places.update(zip(mine, self.pool.place_below(plane.format, len(mine)), strict=True))
+        except BaseException:
+            self._release(places.values())
+            raise
+        return places
+
+    def _keep_copies(self, places: Mapping[int, tuple[RecordPlane, int]]) -> None:
+        """Copy pages as they are to their slots below."""
+        by_planes: dict[tuple[PagePlane, RecordPlane], list[tuple[int, int, int]]] = {}
+        for page, (below, slot) in places.items():
+            plane, source = self.pool.find(self.table[page])
+            by_planes.setdefault((plane, below), []).append((page, source, slot))
+        for (plane, below), moves in by_planes.items():
+            below.import_from(plane, [source for _, source, _ in moves], [slot for _, _, slot in moves])
+            self.exact.update((page, below.handle(slot)) for page, _, slot in moves)
 
     def _forget_copies(self, pages: Iterable[int]) -> None:
-        self._release([self.pool.find_host(self.exact.pop(page)) for page in list(pages)])
+        self._release([self.pool.find_below(self.exact.pop(page)) for page in list(pages)])
