@@ -82,12 +82,16 @@ def test_the_next_layers_pages_are_brought_up_meanwhile(tiny, tokens, tmp_path):
 def test_hot_pages_come_up_again(tiny, tokens):
     context, root = tight("quest:budget=128,window=64", tiny, pages=12)
     context.extend(tokens[:900])
-    held = [page for page, handle in enumerate(context.layers[2].table) if handle >= 0]
-    for token in tokens[900:950]:
+    above = lambda: {page for page, handle in enumerate(context.layers[2].table) if handle >= 0}  # noqa: E731
+    assert not {3, 4} & above()
+    for token in tokens[900:910]:
         context.step([token])
-    now = [page for page, handle in enumerate(context.layers[2].table) if handle >= 0]
-    assert set(now[:-3]) - set(held), "what was chosen often lies above now"
-    assert root.used <= root.limit
+    measured = context._masses[2].pages(15)
+    assert measured[:12].sum() > 0, "what was chosen is counted"
+    context._masses[2].step(13)
+    context._masses[2].add(0, torch.tensor([3, 4]), torch.tensor([9.0, 9.0]))
+    context.step(tokens[910:911])
+    assert {3, 4} <= above() and root.used <= root.limit
 
 
 @pytest.mark.parametrize("spec", ["quest:budget=256,window=64", "dense"])
