@@ -28,7 +28,7 @@ from longspan.attention.dense import Dense
 from longspan.attention.indexed import attend_blocks, attend_indexed, true_positions
 from longspan.attention.window import attend_window
 from longspan.errors import UsageError
-from longspan.kv.base import PAGE, LayerKV
+from longspan.kv.base import PAGE, LayerKV, MassMeter
 
 WHO = ("head", "layer", "model")
 
@@ -86,21 +86,23 @@ class Choosing(Mechanism):
         if true and hints.layer < self.dense_layers:
             return Dense().attend_tile(q, kv, first, scale, hints)
         chosen = self.choose(q, kv, first, scale, hints)
+        if count == 1 and chosen is not None and kv.mass is not None:
+            self._measure(kv.mass, first, *chosen)
         if count == 1 and chosen is not None and chosen[1] is None:
             start = max(0, first - self.window + 1) // self.block * self.block
             return attend_blocks(q, kv, first, start, chosen[0][:, :, 0], self.block, scale)
         windows = torch.arange(first + 1, first + 1 + count) - self.window_starts(first, count)
         if chosen is None:
             return attend_window(q, kv, first, windows, scale)[0]
-        if kv.mass is not None and count == 1:
-            # What was chosen counts alike: blocks have scores of bounds, which are no shares of attention.
-            kv.mass.step(-(-int(self.window_starts(first, 1)) // PAGE))
-            read = chosen[0] if chosen[1] is None else chosen[0][chosen[1]]
-            kv.mass.add(
-                0, read * self.block // PAGE, torch.full_like(read, 1 / max(1, read.numel()), dtype=torch.float)
-            )
         index, valid = tokens_of_blocks(*chosen, self.block)
         return attend_indexed(q, kv, first, windows, index, valid, scale, near=True)[0]
+
+    def _measure(self, mass: MassMeter, first: int, blocks: Tensor, valid: Tensor | None) -> None:
+        """Count what a step of decode chose, all alike: scores of bounds are no shares of attention."""
+        read = blocks if valid is None else blocks[valid]
+        mass.step(-(-int(self.window_starts(first, 1)) // PAGE))
+        share = 1 / max(1, read.numel())
+        mass.add(0, read * self.block // PAGE, torch.full_like(read, share, dtype=torch.float))
 
     def window_starts(self, first: int, count: int) -> Tensor:
         """Return the first key of the window of each of `count` queries, int64 `[count]`: the start of a block."""
