@@ -88,8 +88,9 @@ def test_hot_pages_come_up_again(tiny, tokens):
         context.step([token])
     measured = context._masses[2].pages(15)
     assert measured[:12].sum() > 0, "what was chosen is counted"
-    context._masses[2].step(13)
-    context._masses[2].add(0, torch.tensor([3, 4]), torch.tensor([9.0, 9.0]))
+    with torch.inference_mode():  # as a model runs
+        context._masses[2].step(13)
+        context._masses[2].add(0, torch.tensor([3, 4]), torch.tensor([9.0, 9.0]))
     context.step(tokens[910:911])
     assert {3, 4} <= above() and root.used <= root.limit
 
