@@ -251,10 +251,10 @@ def test_closing_wakes_whoever_waits(wait):
     with Server() as server:
         ended = threading.Event()
         if wait == "answer":
-            server.gate = lambda: ended.wait(120) and None
+            server.gate = lambda: ended.wait(300) and None
         else:
             server.failures = [Failure(429, "later", {"Retry-After": "300"})]
-        client, raised = client_of(server), []
+        client, raised = client_of(server, timeout=300), []
 
         def ask():
             try:
@@ -268,7 +268,7 @@ def test_closing_wakes_whoever_waits(wait):
             time.sleep(0.005)
         time.sleep(0.05)
         client.close()
-        thread.join(60)
+        thread.join(30)
         assert not thread.is_alive() and isinstance(raised[0], Cancelled)
         ended.set()
 
@@ -277,8 +277,8 @@ def test_a_connection_that_is_opened_while_all_is_closed_ends_too(monkeypatch):
     """The thread is past the last look at whether it was stopped, and its connection is not there yet."""
     with Server() as server:
         ended, reached, closed = threading.Event(), threading.Event(), threading.Event()
-        server.gate = lambda: ended.wait(120) and None
-        client, raised, trace = client_of(server), [], Client._trace
+        server.gate = lambda: ended.wait(300) and None
+        client, raised, trace = client_of(server, timeout=300), [], Client._trace
 
         def slow(self, name, info):
             if name == "connection.connect_tcp.complete":
