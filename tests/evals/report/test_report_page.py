@@ -161,6 +161,16 @@ def test_scores_and_intervals_are_drawn_where_they_are(entry):
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [ends] * 2
 
 
+def test_what_guessing_scores_is_a_line_with_its_name(entry):
+    def drawn(*chances):
+        rows = [entry(1.0, i, chance=chance) for i, chance in enumerate(chances)]
+        return b" ".join(
+            re.findall(rb">([^<>]*guessing[^<>]*)<", drawing.svg(by_length(Scores("r", samples(rows)[0]), "vt")))
+        )
+
+    assert drawn(0.25, 0.25) == b"guessing" and drawn(0.0, 0.0) == drawn(1e-5, 1e-5) == b""
+
+
 def test_maps_have_a_cell_a_depth_and_length(entry):
     rows = [
         entry(float(depth != 0.5), i, length=length, parameters={"depth": depth, "kind": kind}, task=f"{kind}_{depth}")

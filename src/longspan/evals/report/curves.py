@@ -103,6 +103,7 @@ def _cells(scores: Scores, who: Asked, task: str) -> list[tuple[int, Cell]]:
 
 def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, legend: bool) -> Panel:
     scale = scores.scale
+    chances = {round(cell.chance, 3) for _, _, cells in curves for _, cell in cells if cell.chance >= _SEEN}
 
     def draw(axis: Axes) -> None:
         lengths = sorted({length for _, _, cells in curves for length, _ in cells})
@@ -120,9 +121,8 @@ def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, lege
                 label=name,
                 **look(style),
             )
-        chances = {round(cell.chance, 3) for _, _, cells in curves for _, cell in cells if cell.chance >= _SEEN}
         if len(chances) == 1:  # where tasks differ in it, a line would be nobody's
-            axis.axhline(100 * chances.pop(), color="#8C8C8C", linewidth=0.9, linestyle=":", label="guessing")
+            axis.axhline(100 * max(chances), color="#8C8C8C", linewidth=0.9, linestyle=":", label="guessing")
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [short(length) for length in lengths])
         axis.minorticks_off()
@@ -134,7 +134,7 @@ def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, lege
         f"{name}: " + ", ".join(f"{short(length)} {scale.written(cell.score.mean)}" for length, cell in cells)
         for name, _, cells in curves
     )
-    return Panel(title, f"{scale.title} against length, {title}. {told}.", draw, legend=legend)
+    return Panel(title, f"{scale.title} against length, {title}. {told}.", draw, legend=legend or len(chances) == 1)
 
 
 def _whiskers(scale: Scale, cells: Sequence[Cell]) -> list[list[float]]:
