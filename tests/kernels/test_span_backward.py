@@ -196,9 +196,8 @@ def test_rows_that_lie_far_apart_pass_over_what_lies_between():
     k[:, :, 100:7900] = v[:, :, 100:7900] = float("nan")  # read by nobody: 0 * NaN would show
     lse, delta = torch.full(lo.shape, 9.0, device=DEVICE), torch.zeros(lo.shape, device=DEVICE)
     assert triton_backward._sparse(3, 17000, SMALL[0])
-    dq, dk, dv = triton_backward.span_attention_backward(
-        q, k, v, lo, hi, lse, delta, do, scale=0.3, tiles=(Tile(16, 32, 4, 1), Tile(16, 1024, 4, 1))
-    )
+    tiles = None if CUDA else (Tile(16, 32, 4, 1), Tile(16, 1024, 4, 1))  # the interpreter's time goes by blocks
+    dq, dk, dv = triton_backward.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=0.3, tiles=tiles)
     assert dq.isfinite().all() and dv.isfinite().all()
     assert (dk[:, :, 1024:7168] == 0).all() and (dv[:, :, 45 + 1 : 8000] == 0).all()
 
@@ -252,7 +251,7 @@ def test_anchors_gradients(size, dtype):
 def test_faces_are_the_references_where_no_kernel_serves():
     q, k, v, do, lo, hi = inputs(SIZES[2], torch.float64)
     lse, delta = merged(q, k, v, do, lo, hi, 0.3)
-    if not span_attention.serves(q):
-        found = span_attention.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=0.3)
-        wanted = reference.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=0.3)
-        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert not span_attention.serves(q), "no kernel computes in float64"
+    found = span_attention.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=0.3)
+    wanted = reference.span_attention_backward(q, k, v, lo, hi, lse, delta, do, scale=0.3)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
 
 from longspan.kernels.span_attention import backward, reference
@@ -15,8 +16,8 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 
 def serves(q: Tensor) -> bool:
-    """Return whether a version faster than the reference serves these rows `[B, H, R, D]` (device, head size)."""
-    return _TRITON and q.is_cuda and 16 <= q.shape[-1] <= 256
+    """Return whether a version faster than the reference serves these rows `[B, H, R, D]` (device, type, head size)."""
+    return _TRITON and q.is_cuda and q.dtype != torch.float64 and 16 <= q.shape[-1] <= 256
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
