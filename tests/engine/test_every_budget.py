@@ -21,7 +21,7 @@ OPTIONS = {
 }  # fmt: skip
 """Small enough for a thousand tokens to be a long context; what is not named here has no such options."""
 OBEYS = {"streaming", "infini", "tree", "h2o", "snapkv", "rocketkv", "expected", "keydiff"}
-"""Those that a text twice as long as the budget leaves within it; the others keep every key, and say so."""
+"""Those that a text nearly twice as long as the budget leaves within it; the others keep every key, and say so."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +39,11 @@ def test_nothing_is_left_out():
 
 @pytest.mark.parametrize("name", names())
 def test_a_mechanism_obeys_a_budget_or_says_why_not(tiny, name):
-    limit = tiny.dimensions.layers * 25 * PAGE_BYTES
+    limit = tiny.dimensions.layers * 30 * PAGE_BYTES
     llm = LLM(tiny, spec_of(name), kv_budget=limit)
     session, most = llm.session(), []
     llm.add_text(session, prose()[:7500])
-    assert len(session.tokens) > 2 * 25 * PAGE
+    assert len(session.tokens) > 1.8 * 30 * PAGE
     forward = type(tiny).forward
 
     def watched(self, *arguments, **options):
