@@ -145,6 +145,10 @@ def test_products_of_rows(shape):
     wanted = (do.double() * out.double()).sum(-1)
     for found in (reference.row_products(do, out), triton_backward.row_products(do.mT.contiguous().mT, out)):
         torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    shared = do[..., 0, :]
+    wanted = (shared.double().unsqueeze(-2) * out.double()).sum(-1)
+    for found in (reference.row_products(shared, out), triton_backward.row_products(shared, out)):
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bands", [2, 4])

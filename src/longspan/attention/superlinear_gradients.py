@@ -11,7 +11,8 @@ search scores alone (`_Gate`). Weights of keys are then `f_c exp(scale q k - l_c
   O_j; and `ds_j = w_j (D_j - sum_i w_i D_i)`, which the routing query and the anchors' keys share.
 
 Which spans were chosen is not differentiated; under `joint` the search has no gradient at all. Kept are the inputs, the
-output, the columns' log-sum-exp and the spans; weights, and the columns' outputs, are computed again.
+output, the columns and their log-sum-exp; weights are computed again. Under `routed` the columns' outputs are kept as
+well, in the queries' type, for `do . o_c`: until the first backward pass, and computed again in any other.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.base import Hints
-from longspan.attention.spans import disjoint
+from longspan.attention.superlinear_columns import Columns
 from longspan.kernels.anchor_scores import anchor_scores_backward
 from longspan.kernels.span_attention import row_products, span_attention, span_attention_backward, span_products
 from longspan.kernels.span_attention import serves as kernels_serve
-from longspan.kernels.span_attention.order import SpanOrder, bands
+from longspan.kernels.span_attention.order import SpanOrder
 from longspan.kernels.window_attention import window_attention
 from longspan.kv.base import LayerKV
 
@@ -55,98 +56,21 @@ def serves(mechanism: Superlinear, q: Tensor, kv: LayerKV, hints: Hints) -> bool
 
 def attend(mechanism: Superlinear, q: Tensor, kv: LayerKV, scale: float | None, hints: Hints) -> Tensor:
     """Attend as `Mechanism.attend` does, so that gradients reach q, the keys and values, and the routing query."""
-    first = kv.length - q.shape[2]
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     routing = q if hints.routing_query is None else hints.routing_query
     with torch.no_grad():
-        found = _search(mechanism, routing, kv, first)
-    columns = _columns(mechanism, q, kv.keys(0, 0).shape[1], first, found)
+        columns = Columns.of(mechanism, routing, kv)
     rotated = kv.rotary is not None
-    searched = kv.keys(0, kv.length) if rotated else None
-    at = torch.arange(first, kv.length, device=q.device)
-    apart = rotated or hints.routing_query is not None
+    at = torch.arange(kv.length - q.shape[2], kv.length, device=q.device)
     out: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        kv.queries_at(q, at), kv.keys_at_own_positions(0, kv.length), kv.values(0, kv.length),
-        routing if apart else None, searched, columns, scale,
-    )  # fmt: skip
+        kv.queries_at(q, at),
+        kv.keys_at_own_positions(0, kv.length),
+        kv.values(0, kv.length),
+        routing if rotated or hints.routing_query is not None else None,
+        kv.keys(0, kv.length) if rotated else None,
+        columns,
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+    )
     return out
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """What every query reads: integers `[B, Hq, T, C]`, first and last key of each column, the S spans last."""
-
-    lo: Tensor
-    hi: Tensor
-    scores: Tensor | None
-    """Float32 `[B, Hq, T, S]`, search scores, -inf where there is no span; None: one softmax over everything."""
-    anchors: Tensor | None
-    """Integers `[B, Hq, T, S]`, with the scores."""
-    window: int
-    bands: int
-    """Into how many bands kernels best cut the queries (`kernels/span_attention/order.py`)."""
-
-    @property
-    def near(self) -> int:
-        """How many columns are near: the window, and perhaps the sinks."""
-        return self.lo.shape[-1] - (0 if self.scores is None else self.scores.shape[-1])
-
-
-def _search(
-    mechanism: Superlinear, routing: Tensor, kv: LayerKV, first: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Find scores, spans and anchors, `[B, Hq, T, S]`, a tile of queries after the other; None: there are none."""
-    found = []
-    spans = 0
-    for start in range(0, routing.shape[2], mechanism.gpu_tile):
-        tile = routing[:, :, start : start + mechanism.gpu_tile].to(torch.promote_types(routing.dtype, torch.float32))
-        part = mechanism.find(tile, kv, first + start)
-        found.append((tile.shape, part))
-        spans = max(spans, 0 if part is None else part[0].shape[-1])
-    if not spans:
-        return None
-    fills = (float("-inf"), 0, -1, 0)
-    columns: list[list[Tensor]] = [[], [], [], []]
-    for shape, part in found:
-        for column, fill, i in zip(columns, fills, range(4), strict=True):
-            kind = torch.int64 if i else torch.promote_types(routing.dtype, torch.float32)
-            whole = torch.full((*shape[:3], spans), fill, dtype=kind, device=routing.device)
-            if part is not None:
-                whole[..., : part[i].shape[-1]] = part[i]
-            column.append(whole)
-    scores, lo, hi, anchors = (torch.cat(column, 2) for column in columns)
-    return scores, lo, hi, anchors
-
-
-def _columns(
-    mechanism: Superlinear,
-    q: Tensor,
-    kv_heads: int,
-    first: int,
-    found: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-) -> _Columns:
-    """Put window, sinks and spans beside each other."""
-    window, count = mechanism.whole_window, q.shape[2]
-    at = torch.arange(first, first + count, device=q.device).view(1, 1, -1, 1).expand(*q.shape[:3], 1)
-    lo, hi = [(at - window + 1).clamp(min=0)], [at]
-    if mechanism.sinks and first + count > window:
-        lo.append(torch.zeros_like(at))
-        hi.append((at - window).clamp(max=mechanism.sinks - 1))
-    scores = anchors = None
-    if found is not None:
-        scores, span_lo, span_hi, anchors = found
-        span_lo = span_lo.clamp(min=mechanism.sinks)  # sinks are read already
-        if mechanism.gate == "joint":
-            span_lo, span_hi, _ = disjoint(span_lo, span_hi, span_lo)
-            scores = anchors = None
-        lo.append(span_lo)
-        hi.append(span_hi)
-    lengths = [
-        math.ceil(mechanism.backward * reach) + math.ceil(mechanism.forward * reach)
-        for reach in (float(n) ** mechanism.span_power for n in (first + count, first + 1))
-    ]
-    cut = bands(first, count, q.shape[1] // kv_heads, *lengths)
-    return _Columns(torch.cat(lo, -1).int(), torch.cat(hi, -1).int(), scores, anchors, window, cut)
 
 
 @dataclass(frozen=True)
@@ -207,25 +131,16 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         routing: Tensor | None,
         searched: Tensor | None,
-        columns: _Columns,
+        columns: Columns,
         scale: float,
     ) -> Tensor:
         """Return `[B, Hq, T, Dv]` in q's type; `routing` and `searched`: where they are not q and k themselves."""
-        q, k, v = q.detach(), k.detach(), v.detach()
-        near, near_lse = window_attention(q, k, v, window=columns.window, scale=scale)
-        lses, outs = [near_lse.unsqueeze(-1)], [near]
-        for j in range(1, columns.lo.shape[-1]):
-            out, lse = _attend_column(q, k, v, columns.lo[..., j], columns.hi[..., j], scale)
-            outs.append(out)
-            lses.append(lse.unsqueeze(-1))
+        outs, lses = _attend_columns(q.detach(), k.detach(), v.detach(), columns, scale)
         lse = torch.cat(lses, -1)
-        gate = _Gate.of(lse, columns.scores)
-        out = torch.zeros_like(near)
-        for j, one in enumerate(outs):
-            out += gate.parts[..., j : j + 1] * one
-        out = out.to(q.dtype)
+        out = _merged(outs, lses, columns).to(q.dtype)
         ctx.save_for_backward(q, k, v, routing, searched, out, lse)
         ctx.columns, ctx.scale = columns, scale
+        ctx.outs = None if columns.scores is None else outs
         return out
 
     @staticmethod
@@ -233,28 +148,29 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k, v, the routing query and the searched keys."""
         q, k, v, routing, searched, out, lse = ctx.saved_tensors
-        columns: _Columns = ctx.columns
+        columns: Columns = ctx.columns
+        lo, hi, scale = columns.lo, columns.hi, ctx.scale
+        order = SpanOrder.of(lo, hi, k.shape[1], k.shape[2], columns.bands) if kernels_serve(q) else None
         gate = _Gate.of(lse, columns.scores)
-        d_scores = order = None
-        if kernels_serve(q):
-            order = SpanOrder.of(columns.lo, columns.hi, k.shape[1], k.shape[2], columns.bands)
+        d_scores = None
         if columns.scores is None:
             delta = row_products(do, out).unsqueeze(-1).expand_as(lse)
         else:
-            each = span_products(q, k, v, columns.lo, columns.hi, lse, do, scale=ctx.scale, order=order)
+            if ctx.outs is not None:
+                each = torch.cat([row_products(do, one) for one in ctx.outs], -1)
+                ctx.outs = None  # as large as four outputs: gone before dq is made
+            else:
+                each = span_products(q, k, v, lo, hi, lse, do, scale=scale, order=order)
             delta, d_scores = gate.products(each, lse[..., : columns.near])
         # A column that weighs nothing: infinity.
         relative = torch.where(gate.parts > 0, lse - torch.log(gate.parts), float("inf"))
-        dq, dk, dv = span_attention_backward(
-            q, k, v, columns.lo, columns.hi, relative, delta, do, scale=ctx.scale, order=order
-        )
+        dq, dk, dv = span_attention_backward(q, k, v, lo, hi, relative, delta, do, scale=scale, order=order)
         d_routing = d_searched = None
         if d_scores is not None and columns.anchors is not None:
             found = k if searched is None else searched
             into = dk if searched is None else torch.zeros(searched.shape, dtype=searched.dtype, device=k.device)
-            d_routing = anchor_scores_backward(
-                q if routing is None else routing, found, columns.anchors, d_scores, into
-            )
+            by = q if routing is None else routing
+            d_routing = anchor_scores_backward(by, found, columns.anchors, d_scores, into)
             d_searched = None if searched is None else into
             if routing is None:
                 dq, d_routing = dq + d_routing.to(dq.dtype), None
@@ -262,10 +178,42 @@ class _Attend(torch.autograd.Function):
         return (*(None if grad is None else grad.to(of.dtype) for grad, of in grads), None, None)
 
 
-def _attend_column(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend to one span of every query `[B, Hq, T]`; returns out and log-sum-exp of that shape."""
-    rows = (q.shape[0], k.shape[1], -1)
-    out, lse = span_attention(
-        q.reshape(*rows, q.shape[-1]), k, v, lo.reshape(rows).long(), hi.reshape(rows).long(), scale=scale
-    )
-    return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
+def _attend_columns(
+    q: Tensor, k: Tensor, v: Tensor, columns: Columns, scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Attend to the window, to the sinks if there are any, and to the spans, each by itself.
+
+    Returns:
+        `(outs, lses)`: of each `[B, Hq, T, c, Dv]` and `[B, Hq, T, c]`, where c is 1, or the number of spans. By
+        kernels outs are in q's type, and in the computing type elsewhere.
+    """
+    kind = q.dtype if kernels_serve(q) else torch.promote_types(q.dtype, torch.float32)
+    out, lse = window_attention(q, k, v, window=columns.window, scale=scale, out_dtype=kind)
+    outs, lses = [out.unsqueeze(-2)], [lse.unsqueeze(-1)]
+    for some in (slice(1, columns.near), slice(columns.near, None)):
+        lo, hi = columns.lo[..., some], columns.hi[..., some]
+        if not lo.shape[-1]:
+            continue
+        per_head = (q.shape[0], k.shape[1], -1)
+        out, lse = span_attention(
+            q.reshape(*per_head, q.shape[-1]),
+            k,
+            v,
+            lo.reshape(per_head),
+            hi.reshape(per_head),
+            scale=scale,
+            out_dtype=kind,
+        )
+        outs.append(out.view(*lo.shape, -1))
+        lses.append(lse.view(lo.shape))
+    return outs, lses
+
+
+def _merged(outs: list[Tensor], lses: list[Tensor], columns: Columns) -> Tensor:
+    """Return the output `[B, Hq, T, Dv]` from those of the columns."""
+    parts = _Gate.of(torch.cat(lses, -1), columns.scores).parts
+    out = torch.zeros(*parts.shape[:-1], outs[0].shape[-1], dtype=parts.dtype, device=parts.device)
+    columns_outs = (one for some in outs for one in some.unbind(-2))
+    for part, one in zip(parts.unbind(-1), columns_outs, strict=True):
+        out += part.unsqueeze(-1) * one
+    return out

@@ -20,13 +20,24 @@ def serves(q: Tensor) -> bool:
     return _TRITON and q.is_cuda and q.dtype != torch.float64 and 16 <= q.shape[-1] <= 256
 
 
-def span_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+def span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    *,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attend from every row to its span with the fastest version that serves; see `reference.span_attention`."""
     if serves(q) and not q.requires_grad:
         from longspan.kernels.span_attention import triton_kernels
 
-        return triton_kernels.span_attention(q, k, v, lo, hi, scale=scale)
-    return reference.span_attention(q, k, v, lo, hi, scale=scale)
+        rows = q.repeat_interleave(lo.shape[2] // q.shape[2], 2)
+        out, lse = triton_kernels.span_attention(rows, k, v, lo.long(), hi.long(), scale=scale)
+        return (out if out_dtype is None else out.to(out_dtype)), lse
+    return reference.span_attention(q, k, v, lo, hi, scale=scale, out_dtype=out_dtype)
 
 
 def span_attention_backward(

@@ -74,9 +74,12 @@ def span_products(
 
 
 def row_products(do: Tensor, out: Tensor) -> Tensor:
-    """Return `do . out` of each row `[..., Dv]`, in float32 (float64 where do is)."""
+    """Return `do . out` of each row `[..., Dv]` of `out`, in float32 (float64 where do is).
+
+    `do` has the same shape, or one axis less where neighbouring rows of `out` `[..., S, Dv]` share one.
+    """
     do, out = _computed(do, out)
-    return (do * out).sum(-1)
+    return ((do if do.dim() == out.dim() else do.unsqueeze(-2)) * out).sum(-1)
 
 
 def _computed(q: Tensor, *others: Tensor) -> list[Tensor]:

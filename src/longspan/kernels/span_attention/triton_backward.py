@@ -164,21 +164,26 @@ def _keys_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _row_products_kernel(p_do, p_out, p_product, rows, DV: tl.constexpr, B_DV: tl.constexpr, BLOCK_R: tl.constexpr):
+def _row_products_kernel(
+    p_do, p_out, p_product, rows, SHARE: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, BLOCK_R: tl.constexpr
+):
     o_row, o_dv = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, B_DV)
-    o, m = o_row[:, None] * DV + o_dv[None, :], (o_row < rows)[:, None] & (o_dv < DV)[None, :]
-    b_do, b_out = tl.load(p_do + o, mask=m, other=0.0), tl.load(p_out + o, mask=m, other=0.0)  # [BLOCK_R, B_DV]
+    m = (o_row < rows)[:, None] & (o_dv < DV)[None, :]
+    b_do = tl.load(p_do + (o_row // SHARE)[:, None] * DV + o_dv[None, :], mask=m, other=0.0)  # [BLOCK_R, B_DV]
+    b_out = tl.load(p_out + o_row[:, None] * DV + o_dv[None, :], mask=m, other=0.0)
     tl.store(p_product + o_row, tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1), mask=o_row < rows)
 
 
 def row_products(do: Tensor, out: Tensor) -> Tensor:
-    """Return `do . out` of each row `[..., Dv]`, float32."""
+    """Return `do . out` of each row, float32; see the reference."""
     do, out = do.contiguous(), out.contiguous()
     product = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
-    width = triton.next_power_of_2(out.shape[-1])
-    _row_products_kernel[(triton.cdiv(product.numel(), 32),)](
-        do, out, product, product.numel(), DV=out.shape[-1], B_DV=width, BLOCK_R=32
-    )
+    if product.numel():
+        width = triton.next_power_of_2(out.shape[-1])
+        _row_products_kernel[(triton.cdiv(product.numel(), 32),)](
+            do, out, product, product.numel(),
+            SHARE=out.numel() // do.numel(), DV=out.shape[-1], B_DV=width, BLOCK_R=32,
+        )  # fmt: skip
     return product
 
 
