@@ -10,6 +10,7 @@ from longspan.errors import PoolExhaustedError, UsageError
 from longspan.evals.haystack import prose
 from longspan.hf.loading import load
 from longspan.kv.budget import Budget
+from longspan.kv.tiers import TierLimits, Tiers
 from longspan.retrieval.heads import RetrievalHeads
 from tiny_hybrid import save_hybrid
 from tiny_llama import WINDOW
@@ -160,3 +161,29 @@ def test_a_session_is_asked_saved_and_forked(tiny, text, monkeypatch):
 def test_what_it_can_not_be_is_refused():
     with pytest.raises(UsageError, match="use one of document, question"):
         parse("snapkv:when=never")
+
+
+@pytest.mark.parametrize("spec", ["snapkv:budget=128", "snapkv:budget=128,heads=adaptive", "rocketkv:budget=100"])
+@pytest.mark.parametrize("kv_format", [None, "fp8"])
+def test_a_document_lies_below_and_every_question_finds_all_of_it(tiny, tokens, spec, kv_format, tmp_path):
+    root = Budget(3 * 14 * 8192, "KV")
+    tiers = Tiers(TierLimits(4 * 8192, 1 << 24, tmp_path))
+    mechanism = parse(f"{spec},when=question")
+    context = KVContext(tiny, mechanism, budget=Budget(None, "session's KV", root), tiers=tiers, kv_format=kv_format)
+    free = KVContext(tiny, mechanism, kv_format=kv_format)
+    for stop in (200, 500, 950):
+        for each in (context, free):
+            each.extend(tokens[each.length : stop])
+        assert root.used <= root.limit
+    assert (tiers.used("disk") > 0) == (kv_format is None) and rows(context.kept.layers) == rows(free.kept.layers)
+    for question in (tokens[950:990], tokens[1300:1330]):
+        said = [each.step(question) for each in (context, free)]
+        torch.testing.assert_close(*said, atol=2e-3, rtol=1e-3)
+        assert rows(context._asked.layers.layers) == rows(free._asked.layers.layers)
+        torch.testing.assert_close(context.step(tokens[3:4]), free.step(tokens[3:4]), atol=2e-3, rtol=1e-3)
+        assert root.used <= root.limit
+        for each in (context, free):
+            each.truncate(950)
+    context.free()
+    assert root.used == tiers.used("host") == tiers.used("disk") == 0
+    tiers.prefetcher.close()

@@ -29,6 +29,7 @@ from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget, size
 from longspan.kv.kept import KeptKV
+from longspan.kv.tiers import Tiers
 from longspan.kv.undisturbed import Undisturbed
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import Head, RetrievalHeads
@@ -37,7 +38,14 @@ from longspan.retrieval.heads import Head, RetrievalHeads
 class KeptLayers:
     """What all layers of one context keep."""
 
-    def __init__(self, model: CausalModel, mechanism: Evicting, kv_format: str | None, budget: Budget) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        mechanism: Evicting,
+        kv_format: str | None,
+        budget: Budget,
+        tiers: Tiers | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
@@ -45,6 +53,7 @@ class KeptLayers:
             mechanism: by what they attend and evict.
             kv_format: format of full pages; None: the model's number type.
             budget: bytes that all layers' pages may take together.
+            tiers: where a document that stays whole lies beyond the budget; None: it is evicted down to that.
 
         Raises:
             UnknownNameError, UsageError: no such format, or a budget below one page a layer.
@@ -62,17 +71,26 @@ class KeptLayers:
                 budget,
                 kv_format=kv_format,
                 apart=mechanism.heads == "adaptive",
+                tiers=tiers,
             )
             for _ in range(sizes.layers)
         ]
         budget.require(sum(kv.least_bytes for kv in self.layers), f"one page for each of {sizes.layers} layers")
         self.whole = mechanism.per_question
         """Whether documents are kept as a whole, and evicting is left to copies of these layers."""
+        self._below = self.whole and tiers is not None
 
     @classmethod
-    def of(cls, model: CausalModel, mechanism: Mechanism, kv_format: str | None, budget: Budget) -> KeptLayers | None:
+    def of(
+        cls,
+        model: CausalModel,
+        mechanism: Mechanism,
+        kv_format: str | None,
+        budget: Budget,
+        tiers: Tiers | None = None,
+    ) -> KeptLayers | None:
         """Return empty layers for a mechanism that evicts; None: it does not. Arguments and errors as above."""
-        return cls(model, cast("Evicting", mechanism), kv_format, budget) if mechanism.evicts else None
+        return cls(model, cast("Evicting", mechanism), kv_format, budget, tiers) if mechanism.evicts else None
 
     @property
     def held(self) -> int:
@@ -182,6 +200,9 @@ class KeptLayers:
         wanted = mechanism.keeps(length)
         # Where documents stay whole, a question's copy needs rows of its own.
         left = most if rows is None else rows - chunk - (wanted if self.whole else 0)
+        if self._below and left >= PAGE:
+            kv.move_down(left)
+            left = most
         keep = min(length if self.whole else wanted, most, left)
         if kv.total <= keep * kv.kv_heads and kv.held <= most:
             return
@@ -207,4 +228,6 @@ class _Reader:
         kv, decode = self.kept.layers[layer], not self.learn and q.shape[2] == 1
         with Undisturbed():
             kv.append(k, v)
+        if layer + 1 < len(self.kept.layers):
+            self.kept.layers[layer + 1].prefetch()
         return self.kept.mechanism.attend_kept(q, kv, scale=scale, learn=self.learn, decode=decode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ class KVContext(Context):
             UsageError: a budget below one page a layer and two recurrent states; tiers for what forgets.
         """
         super().__init__(model, mechanism)
-        if tiers is not None and (mechanism.evicts or mechanism.bounded_memory):
+        whole = mechanism.evicts and cast("Evicting", mechanism).per_question
+        if tiers is not None and not whole and (mechanism.evicts or mechanism.bounded_memory):
             raise UsageError(
                 f"{mechanism.name} forgets what it does not keep, and leaves nothing to lie below: leave out "
                 "--kv-tier, or give an attention that keeps everything"
@@ -74,7 +76,7 @@ class KVContext(Context):
             )
         kinds = mechanism.summaries if summaries is None else tuple(summaries)
         self.budget = Budget() if budget is None else budget
-        self.kept = KeptLayers.of(model, mechanism, kv_format, self.budget)
+        self.kept = KeptLayers.of(model, mechanism, kv_format, self.budget, tiers)
         """Every layer's memory where keys are evicted; None: `layers` holds it."""
         self._asked: AskedCopy | None = None
         self.layers = [
@@ -89,7 +91,7 @@ class KVContext(Context):
         )
         self.attend_by(mechanism)
         self._committed = 0
-        self._tiered = tiers is not None and self.budget.limited
+        self._tiered = tiers is not None and self.budget.limited and self.kept is None
         self._masses: list[PageMass] = []
         """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
         if self._moves:

@@ -17,9 +17,10 @@ from torch import Tensor
 from longspan.kv import formats
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
-from longspan.kv.pages import PagePool
+from longspan.kv.pages import SUMMARY, PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.rows import KeptRows
+from longspan.kv.tiers import Tiers
 from longspan.kv.undisturbed import Undisturbed
 
 _POSITION = 4
@@ -41,6 +42,7 @@ class KeptKV:
         *,
         kv_format: str | None = None,
         apart: bool = False,
+        tiers: Tiers | None = None,
     ) -> None:
         """Start empty.
 
@@ -55,6 +57,7 @@ class KeptKV:
             kv_format: format of full pages; None: the float type itself. Rows move between pages, so that fp8 takes
                 scales that let them keep their numbers (`formats.written_again`).
             apart: whether heads may keep different numbers of tokens.
+            tiers: where rows move, and are read from, that the budget does not hold; None: nowhere.
 
         Raises:
             UnknownNameError, UsageError: as `PagePool` and `PagedKV`.
@@ -68,9 +71,12 @@ class KeptKV:
             device,
             None if budget is None else budget.root,
             kv_format=formats.written_again(kv_format),
+            tiers=tiers,
         )
         self.pool = pool
         self.groups = [KeptRows(pool, rotary, budget) for _ in range(kv_heads // self.groups_of)]
+        for group in self.groups:
+            group.pages.reads_below = tiers is not None
         self._committed = 0
 
     @property
@@ -209,6 +215,22 @@ class KeptKV:
         with Undisturbed():
             for group, index in zip(self.groups, indexes, strict=True):
                 group.keep(index)
+
+    def move_down(self, rows: int) -> None:
+        """Leave so many of each head's newest rows on the device, in whole pages; the others lie below from now on.
+
+        Raises:
+            PoolExhaustedError: the tiers have no room for them. Groups before the one that failed have moved.
+        """
+        with Undisturbed():
+            for group in self.groups:
+                full = group.committed // PAGE
+                group.pages.demote(range(max(0, full - rows // PAGE)), SUMMARY, keep_exact=True)
+
+    def prefetch(self) -> None:
+        """Have rows brought up that lie below and will be read."""
+        for group in self.groups:
+            group.pages.prefetch(sorted(group.pages.exact))
 
     def fork(self, budget: Budget | None = None) -> KeptKV:
         """Return a layer that shares every page until one of the two writes (PoolExhaustedError: as `PagedKV.fork`)."""
