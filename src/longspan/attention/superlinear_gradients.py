@@ -44,7 +44,10 @@ def serves(mechanism: Superlinear, q: Tensor, kv: LayerKV, hints: Hints) -> bool
     Not so where spans are read nearer than they stand (beyond the trained length), or weighed by scores of pages'
     bounds.
     """
-    if not torch.is_grad_enabled() or not kernels_serve(q) or q.dtype == torch.float64:
+    if not torch.is_grad_enabled() or not kernels_serve(q):
+        return False
+    k, v = kv.keys(0, 0), kv.values(0, 0)
+    if k.dtype != v.dtype or k.dtype == torch.float64 or v.shape[-1] > 256:
         return False
     tensors = (q, hints.routing_query, kv.keys(0, kv.length), kv.values(0, kv.length))
     if not any(x is not None and x.requires_grad for x in tensors):
