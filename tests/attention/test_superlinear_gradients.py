@@ -18,7 +18,7 @@ CASES = [
     dict(gate="routed"),
     dict(gate="joint", sinks=3),
     dict(gate="routed", sinks=20, spans=3),
-    dict(gate="routed", spans=64, backward=3.0),
+    dict(gate="routed", spans=6, backward=3.0),
     dict(gate="routed", spans=0),
 ]
 IDS = [",".join(f"{key}={value}" for key, value in case.items()) for case in CASES]
