@@ -87,6 +87,7 @@ def test_pages_that_were_asked_for_are_here_before_they_are_read(tmp_path):
 
 class Slow:
     page_bytes = 10
+    on_gpu = False
 
     def __init__(self):
         self.go, self.loads = threading.Event(), []

@@ -36,6 +36,11 @@ class Source(Protocol):
         """Bytes of one page."""
         ...
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether they are read on a GPU."""
+        ...
+
     def load(self, slots: Sequence[int]) -> Tensor:
         """Return the bytes of pages `[n, page_bytes]`, on the device of whoever reads them."""
         ...
@@ -144,11 +149,11 @@ class Prefetcher:
             ready: torch.cuda.Event | None = None
             try:
                 if still:
-                    if stream is None and torch.cuda.is_available():
+                    if source.on_gpu and stream is None:
                         stream = torch.cuda.Stream()
-                    with torch.cuda.stream(stream):
+                    with torch.cuda.stream(stream if source.on_gpu else None):
                         records = source.load(still)
-                        if records.is_cuda:
+                        if source.on_gpu:
                             ready = torch.cuda.Event()
                             ready.record()
             except Exception:  # who reads the page meets the fault itself

@@ -92,7 +92,7 @@ class RecordPlane(PagePlane):
             assert self._base is not None, "the targets were taken"
             self._base[targets] = other.records(sources)
             return
-        if self.to.type != "cuda":
+        if not self.on_gpu:
             super().import_from(other, sources, targets)
             return
         records = torch.empty(len(sources), self._record, dtype=torch.uint8, device=self.to)
@@ -143,7 +143,7 @@ class RecordPlane(PagePlane):
         """Return bytes of records on the device, from where they lie."""
         records = self.records(slots, start, stop)
         self.tiers.traffic.up(self.tier, records.nbytes)
-        if self.to.type != "cuda":
+        if not self.on_gpu:
             return records
         # The allocator of pinned memory keeps it until the copy has ended.
         return records.pin_memory().to(self.to, non_blocking=True)
@@ -166,9 +166,14 @@ class RecordPlane(PagePlane):
             self.tensors[name][:, slots] = tensor.to(self.tensors[name])
 
     @property
+    def on_gpu(self) -> bool:
+        """See `prefetch.Source`."""
+        return self.to.type == "cuda"
+
+    @property
     def prefetches(self) -> bool:
         """Whether there is something to gain from bringing pages up early: they lie in a file, or across a bus."""
-        return self.tier == DISK or self.to.type == "cuda"
+        return self.tier == DISK or self.on_gpu
 
     def oldest(self, count: int) -> list[int]:
         """Return the slots in use that were written or read longest ago, at most so many."""
