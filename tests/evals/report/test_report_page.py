@@ -2,6 +2,7 @@
 
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -169,6 +170,28 @@ def test_what_guessing_scores_is_a_line_with_its_name(entry):
         )
 
     assert drawn(0.25, 0.25) == b"guessing" and drawn(0.0, 0.0) == drawn(1e-5, 1e-5) == b""
+
+
+def test_long_names_take_several_lines(entry):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    url = "http://a-rather-long-name-of-a-host.example:18765/v1"
+    rows = [
+        entry(eval="r", model=f"a-model-with-a-very-long-name-{i}" * 2, endpoint=url, fingerprint=str(i))
+        for i in (1, 2)
+    ]
+    scores = Scores("r", samples(rows)[0])
+    panel = by_length(scores, "vt")
+    with drawing._figure(1, 1) as figure:
+        axis = figure.subplots()
+        drawing._draw(axis, replace(panel, title=" ".join(scores.names.values())))
+        drawing._legend(figure, [axis], 2)
+        assert isinstance(figure, Figure)
+        FigureCanvasAgg(figure).draw()
+        for shown in (axis.title, figure.legends[0]):
+            box = shown.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_maps_have_a_cell_a_depth_and_length(entry):

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _INK = "#1f2124"
 _MODES = b"<style>svg{color:#1f2124}@media (prefers-color-scheme:dark){svg{color:#e6e6e6}}</style>"
 _PANEL = (5.4, 3.7)
 """Inches: 518 pixels wide in a page, and still readable where a phone shows it at 360."""
+_ACROSS = 60
+"""Characters of a panel's title, or of a name under it, on one line."""
 
 
 def available() -> bool:
@@ -125,7 +128,7 @@ def svg(panel: Panel) -> bytes:
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
-    axis.set_title(panel.title, fontsize=10)
+    axis.set_title(textwrap.fill(panel.title, _ACROSS), fontsize=10)
     panel.draw(axis)
 
 
@@ -134,9 +137,9 @@ def _legend(figure: Figure, axes: Sequence[Axes], across: int) -> None:
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            found.setdefault(textwrap.fill(label, _ACROSS), handle)
     if found:
-        longest = max(map(len, found))
+        longest = max(len(line) for label in found for line in label.splitlines())
         columns = max(1, min(across, len(found), across * 34 // max(1, longest)))
         figure.legend(
             list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8, frameon=False

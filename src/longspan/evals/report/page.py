@@ -172,7 +172,7 @@ def _table(table: Table) -> str:
 
 def _broken(text: str) -> str:
     """Return text that may take several lines between the options of a specification."""
-    return re.sub(r"([:,/_])(?=\S)", r"\1<wbr>", _text(text))
+    return re.sub(r"([,_]|:(?=[a-z])|/(?!/))(?=\S)", r"\1<wbr>", _text(text))
 
 
 def _left(column: int) -> str:

@@ -48,10 +48,11 @@ def overview(scores: Scores) -> list[Table]:
 
 def by_asked(scores: Scores, task: str) -> Table:
     """Return the scores of a task (or `AVERAGE`), a row for each who was asked."""
-    what = f"average of {len(scores.tasks)} tasks" if task == AVERAGE else task
+    whole = f", average of {len(scores.tasks)} tasks" if task == AVERAGE else ""
+    what = whole or ("" if task == scores.eval else f", {task}")
     rows = [(name, _row(scores, who, task)) for who, name in scores.names.items()]
     rows = [(name, row) for name, row in rows if any(value.text for value in row)]
-    return Table(f"{title(scores)}, {what}: {scores.scale.words}, 95 % interval", _head(scores, "asked"), rows)
+    return Table(f"{title(scores)}{what}: {scores.scale.words}, 95 % interval", _head(scores, "asked"), rows)
 
 
 def by_tasks(scores: Scores, who: Asked) -> Table:
