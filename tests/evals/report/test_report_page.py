@@ -224,6 +224,20 @@ def test_other_evals_keep_their_own_tables_and_pictures(tmp_path):
     assert [aside.name for aside in make(twice).asides] == ["compare-4096", "compare-4096-2"]
 
 
+def test_more_pictures_than_a_page_bears_are_told(entry, tmp_path, monkeypatch):
+    monkeypatch.setattr("longspan.evals.report.make._MOST_PANELS", 2)
+    rows = [entry(1.0, i, depths=[0.5], mechanism=who) for who in ("dense", "quest", "tree") for i in range(2)]
+    page = Page(write(make(rows), tmp_path)[0].read_text(encoding="utf-8"))
+    assert "Needles by depth and length (2 of 3)" in page.texts and "Score against length" in page.texts
+
+
+@pytest.mark.parametrize("given", [{"scoring": "probability", "eval": "perplexity"}, {}, {"depths": [0.5]}])
+def test_a_run_without_any_answer_has_a_page(entry, tmp_path, given):
+    found = make([entry(0.0, i, error="it did not fit", **given) for i in range(2)])
+    page = Page(write(found, tmp_path)[0].read_text(encoding="utf-8"))
+    assert "it did not fit" in page.texts and found.notes[0].startswith("2 of 2 questions")
+
+
 def test_without_matplotlib_the_page_has_its_tables(rows, tmp_path, monkeypatch):
     monkeypatch.setattr("longspan.evals.report.make.available", lambda: False)
     (file,) = write(make(rows), tmp_path)

@@ -89,7 +89,7 @@ def png(panels: Sequence[Panel], title: str, about: str, file: Path) -> None:
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_axis_off()
         _legend(figure, [axis for axis, panel in zip(axes.flat, panels, strict=False) if panel.legend], 2 * across)
-        figure.suptitle(f"{title}\n{about}", fontsize=11)
+        figure.suptitle("\n".join([title, *textwrap.wrap(about, _ACROSS * across)[:2]]), fontsize=11)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=130)
     put(file, drawn.getvalue())

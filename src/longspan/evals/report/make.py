@@ -141,7 +141,8 @@ def _section(scores: Scores, report: Report, folder: Path) -> tuple[Section, lis
     )
     for heading, name, panels in kinds:
         if pictures := drawn(heading, name, panels):
-            parts += [heading, pictures]
+            few = "" if len(pictures) == len(panels) else f" ({len(pictures)} of {len(panels)})"
+            parts += [heading + few, pictures]
     if len(scores.tasks) > 1:
         tables = [sections.by_tasks(scores, who) for who in scores.names]
         if len(tables) == 1:
