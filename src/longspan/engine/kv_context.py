@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,13 +11,14 @@ from torch import Tensor
 from longspan.attention import Hints, Mechanism, Shape, make
 from longspan.attention.evicting import Evicting
 from longspan.attention.rebalance import FORMATS, PageMass
+from longspan.engine import compatible
 from longspan.engine.asked_copy import AskedCopy
 from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
 from longspan.engine.kept_layers import KeptLayers
 from longspan.engine.readers import Asked, Attending
 from longspan.engine.recurrence import SHARE, Recurrence
 from longspan.engine.resolutions import Needs, demoted, settle
-from longspan.errors import PoolExhaustedError, UsageError
+from longspan.errors import PoolExhaustedError
 from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
@@ -64,18 +64,11 @@ class KVContext(Context):
             UsageError: a budget below one page a layer and two recurrent states; tiers for what forgets.
         """
         super().__init__(model, mechanism)
-        whole = mechanism.evicts and cast("Evicting", mechanism).per_question
-        if tiers is not None and not whole and (mechanism.evicts or mechanism.bounded_memory):
-            raise UsageError(
-                f"{mechanism.name} forgets what it does not keep, and leaves nothing to lie below: leave out "
-                "--kv-tier, or give an attention that keeps everything"
-            )
-        if mechanism.evicts and prefill not in (None, mechanism):
-            raise UsageError(
-                f"{mechanism.name} forgets keys while it reads, and must read documents itself: leave out --prefill"
-            )
         kinds = mechanism.summaries if summaries is None else tuple(summaries)
         self.budget = Budget() if budget is None else budget
+        self._tiered = tiers is not None and self.budget.limited and not mechanism.evicts
+        shape = model.dimensions.shape(model.dtype.itemsize)
+        compatible.check(mechanism, prefill, shape, adapts=self._adapts, tiered=tiers is not None)
         self.kept = KeptLayers.of(model, mechanism, kv_format, self.budget, tiers)
         """Every layer's memory where keys are evicted; None: `layers` holds it."""
         self._asked: AskedCopy | None = None
@@ -91,7 +84,6 @@ class KVContext(Context):
         )
         self.attend_by(mechanism)
         self._committed = 0
-        self._tiered = tiers is not None and self.budget.limited and self.kept is None
         self._masses: list[PageMass] = []
         """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
         if self._moves:
@@ -100,21 +92,6 @@ class KVContext(Context):
                 kv.mass = mass
         self.hints = Hints()
         """What the mechanism is told at the next step: the pages chosen for a question."""
-        if prefill not in (None, mechanism) and any(self._remembers(one) for one in (mechanism, prefill)):
-            raise UsageError(
-                f"{mechanism.name} and --prefill {prefill.name} can't go together: what remembers by more than keys "
-                "and values must read documents and questions alike: leave out --prefill"
-            )
-        if prefill is not None and mechanism.bounded_memory and not prefill.bounded_memory:
-            raise UsageError(
-                f"{mechanism.name} drops what --prefill {prefill.name} would have to read: leave out --prefill, or "
-                "give an attention that keeps everything"
-            )
-        if prefill is not None and self._adapts and not (prefill.adapts or prefill.bounded_memory):
-            raise UsageError(
-                f"under a KV budget {mechanism.name} holds cold pages as summaries, which --prefill {prefill.name} "
-                "can't read: leave out --prefill or --kv-budget"
-            )
         self.prefill = prefill
         """By what documents are read; None: by the mechanism, or as `reads_by` says where that only decodes."""
 
