@@ -2,6 +2,7 @@
 
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -9,12 +10,14 @@ from endpoint_server import Server
 from longspan.evals.asking import rows
 from longspan.evals.asking.asker import Asker
 from longspan.evals.asking.local import Local, template_of
+from longspan.evals.asking.readers import reading
 from longspan.evals.asking.run import Given, plan, run
 from longspan.evals.endpoint.asker import Endpoint
 from longspan.evals.endpoint.client import Client
 from longspan.evals.journal import Journal
 from longspan.evals.passkey import PASSKEY
 from longspan.evals.questions.making import example
+from longspan.evals.questions.readings import Retrieved, Summary
 from longspan.hf.loading import load_tokenizer
 
 GIVEN = Given(PASSKEY, ["passkey"], [400, 600], 3, 0)
@@ -117,3 +120,21 @@ def test_questions_are_asked_at_once(counter):
         found = asked_of(asker_of(server, counter, parallel=3))
     assert not barrier.broken and [row.score for row in found] == [1.0] * 6
     assert len({row.key for row in found}) == 6
+
+
+def sums_up(prompt):
+    """The same model, asked for summaries: it keeps what pass keys it sees."""
+    found = re.search("pass key is ([0-9]+)", prompt)
+    if "Sum up the text above" in prompt:
+        return f"The pass key is {found[1]}." if found else "Grass is green."
+    return found[1] if found else "no idea"
+
+
+@pytest.mark.parametrize("context,requests", [(Retrieved(passages=2), 1), (Summary(chunk=150), 4)])
+def test_contexts_are_read_in_part_by_several_at_once(counter, context, requests):
+    with Server(sums_up) as server:
+        asker = reading(asker_of(server, counter, parallel=3), context)
+        found = asked_of(asker, replace(GIVEN, lengths=[600]))
+    assert [row.score for row in found] == [1.0] * 3 and len(server.requests) >= 3 * requests
+    whole = len(made(asker, 600).context.split())
+    assert all(len(request.prompt.split()) < 0.7 * whole for request in server.requests)

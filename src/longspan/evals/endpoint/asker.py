@@ -10,6 +10,7 @@ row's measures: `prompt_tokens`, `cached_tokens`, `completion_tokens`. How it at
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,10 +53,12 @@ class Endpoint:
         before, between = prompts.bare(tokenizer)
         self.template = Template(before, between) if between else Template()
         self.counted_by = tokenizer.tokenizer_hash
+        self._counting = threading.Lock()
 
     def tokens(self, text: str) -> Sequence[object]:
-        """See `Asker`."""
-        return self._tokenizer.tokens(text)
+        """See `Asker`; what reads less of a context counts in several threads, which tokenizers need not bear."""
+        with self._counting:
+            return self._tokenizer.tokens(text)
 
     def choose(self, text: str, question: str) -> list[tuple[int, int]]:
         """See `Asker`: an endpoint shows no heads."""
