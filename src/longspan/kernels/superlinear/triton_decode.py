@@ -1,0 +1,341 @@
+"""One decode step of superlinear attention as three Triton kernels, for sequences of different lengths.
+
+1. `search_newest_kernel`: the best anchors in every block of anchors.
+2. `parts_kernel`: a program finds the best anchors of its query head over all blocks, and attends to a piece of one
+   span; other programs attend, for all heads of a KV head, to a piece of what is near (sinks and window). Each writes
+   an output and its log-sum-exp.
+3. `merge_kernel`: one softmax over all pieces, or the gate of the spans.
+
+Splitting spans over programs is what keeps every channel of the memory busy (split-K, as flash-decoding does).
+No step waits for the host: how many programs run depends on what the page tables could hold, and those that find
+nothing to do end at once. So a step can be captured in a CUDA graph and replayed as the sequences grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.kernels.held import Held
+from longspan.kernels.held_triton import load_rows
+from longspan.kernels.superlinear.search import Search
+from longspan.kernels.superlinear.triton_search import reach_of, search_newest_kernel
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _near_piece(
+    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
+    s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+    n, i_head, i_piece, window, sinks, scale,
+    G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
+    PARTS: tl.constexpr, B_N: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to a piece of what is near, sinks and then the window, with all query heads of a KV head at once."""
+    o_g, o_d, o_dv = tl.arange(0, B_G), tl.arange(0, B_D), tl.arange(0, B_DV)
+    begin = tl.maximum(n - window, 0)
+    first = tl.minimum(sinks, begin)
+    o_r = i_piece * B_N + tl.arange(0, B_N)
+    m_n = o_r < first + n - begin
+    o_n = tl.where(o_r < first, o_r, begin + o_r - first)
+    b_k = load_rows(
+        p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
+        i_head, o_n, m_n, o_d, D, KIND, SHIFT,
+    )  # fmt: skip
+    b_v = load_rows(
+        p_v, p_v_table, p_v_codes, p_v_scales, s_v_head, s_v_slot, s_v_token, v_slots,
+        i_head, o_n, m_n, o_dv, DV, KIND, SHIFT,
+    )  # fmt: skip
+    p = p_q + (i_head * G + o_g)[:, None] * s_q_head + o_d[None, :]
+    b_q = tl.load(p, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)  # [B_G, B_D]
+    b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION) * scale  # [B_G, B_N], in base 2
+    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+    b_max = tl.max(b_s, 1)
+    b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+    b_sum = tl.sum(b_p, 1)
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    row = (i_head * G + o_g) * PARTS + i_piece
+    tl.store(p_lse + row, b_max + tl.log2(b_sum), mask=o_g < G)
+    tl.store(p_out + row[:, None] * DV + o_dv[None, :], b_o, mask=(o_g < G)[:, None] & (o_dv < DV)[None, :])
+
+
+@triton.jit
+def _next_best(b_s, b_at):
+    """Return the best score of a list, its anchor (of equals the newer), and the list without it."""
+    best = tl.max(b_s, 0)
+    anchor = tl.max(tl.where(b_s == best, b_at, -1), 0)
+    return best, anchor, tl.where((b_s == best) & (b_at == anchor), float("-inf"), b_s)
+
+
+@triton.jit
+def _span_of(
+    p_best, p_anchor, n, candidates, mine, window, sinks,
+    B_C: tl.constexpr, SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr,
+    JOINT: tl.constexpr,
+):  # fmt: skip
+    """Return score, first and last key of one of a query head's spans: the best of the best of every block."""
+    o_c = tl.arange(0, B_C)
+    b_s = tl.load(p_best + o_c, mask=o_c < candidates, other=float("-inf"))
+    b_at = tl.load(p_anchor + o_c, mask=o_c < candidates, other=-1)
+    reach_back, reach_on = reach_of(n, BACKWARD, SPAN_POWER), reach_of(n, FORWARD, SPAN_POWER)
+    last = n - 1 - window
+    score = tl.full([], float("-inf"), tl.float32)
+    lo, hi = n * 0, n * 0 - 1
+    b_left = b_s
+    for j in tl.static_range(SPANS):
+        best, anchor, b_left = _next_best(b_left, b_at)
+        here = (j == mine) & (best > float("-inf"))
+        score = tl.where(here, best, score)
+        lo = tl.where(here, tl.maximum(tl.maximum(anchor - reach_back, 0), sinks), lo)
+        hi = tl.where(here, tl.minimum(anchor + reach_on, last), hi)
+    start = lo
+    if JOINT:
+        b_left = b_s
+        for j in tl.static_range(SPANS):
+            best, anchor, b_left = _next_best(b_left, b_at)
+            lo_j = tl.maximum(tl.maximum(anchor - reach_back, 0), sinks)
+            hi_j = tl.minimum(anchor + reach_on, last)
+            # Keys that two spans share belong to the one that begins earlier.
+            before = (best > float("-inf")) & (lo_j <= hi_j) & ((lo_j < lo) | ((lo_j == lo) & (j < mine)))
+            start = tl.where(before, tl.maximum(start, hi_j + 1), start)
+    return score, start, hi
+
+
+@triton.jit
+def _span_piece(
+    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
+    s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+    i_head, start, end, scale,
+    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, B_N: tl.constexpr,
+    KIND: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Attend with one query head to the keys `start .. end - 1`."""
+    o_d, o_dv = tl.arange(0, B_D), tl.arange(0, B_DV)
+    b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32) * scale  # [B_D]
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    b_o = tl.zeros([B_DV], tl.float32)
+    for begin in tl.range(start, end, B_N):
+        o_n = begin + tl.arange(0, B_N)
+        m_n = o_n < end
+        b_k = load_rows(
+            p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
+            i_head, o_n, m_n, o_d, D, KIND, SHIFT,
+        )  # fmt: skip
+        b_v = load_rows(
+            p_v, p_v_table, p_v_codes, p_v_scales, s_v_head, s_v_slot, s_v_token, v_slots,
+            i_head, o_n, m_n, o_dv, DV, KIND, SHIFT,
+        )  # fmt: skip
+        b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)  # [B_N], in base 2
+        b_s = tl.where(m_n, b_s, float("-inf"))
+        new = tl.maximum(top, tl.max(b_s, 0))
+        b_p = tl.exp2(b_s - new)
+        keep = tl.exp2(top - new)
+        total = total * keep + tl.sum(b_p, 0)
+        b_o = b_o * keep + tl.sum(b_p[:, None] * b_v.to(tl.float32), 0)
+        top = new
+    tl.store(p_lse, top + tl.log2(total))
+    tl.store(p_out + o_dv, b_o / total, mask=o_dv < DV)
+
+
+@triton.jit
+def parts_kernel(
+    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+    p_lengths, p_best, p_anchor, p_out, p_lse, p_score,
+    s_q_sequence, s_q_head,
+    s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
+    s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
+    candidates, window, sinks, scale,
+    HEADS: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
+    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, B_N: tl.constexpr, B_C: tl.constexpr,
+    SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
+    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to one piece: outputs `[B, Hq, NEAR + SPANS * PIECES, Dv]`, log-sum-exps in base 2, search scores."""
+    i_part, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_lengths + i_sequence).to(tl.int32)
+    kv_heads: tl.constexpr = HEADS // G
+    parts: tl.constexpr = NEAR + SPANS * PIECES
+    p_q += i_sequence * s_q_sequence
+    p_k += i_sequence * s_k_sequence
+    p_k_table += i_sequence * s_k_table
+    p_v += i_sequence * s_v_sequence
+    p_v_table += i_sequence * s_v_table
+    p_out += i_sequence * HEADS * parts * DV
+    p_lse += i_sequence * HEADS * parts
+    if i_part < NEAR * kv_heads:
+        _near_piece(
+            p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
+            s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+            n, (i_part % kv_heads).to(tl.int64), i_part // kv_heads, window, sinks, scale,
+            G, B_G, D, B_D, DV, B_DV, parts, B_N, KIND, SHIFT, PRECISION,
+        )  # fmt: skip
+    elif SPANS > 0:
+        i_rest = i_part - NEAR * kv_heads
+        i_piece, i_row = i_rest // (HEADS * SPANS), i_rest % (HEADS * SPANS)
+        mine, head = i_row % SPANS, (i_row // SPANS).to(tl.int64)
+        row = i_sequence * HEADS + head
+        score, start, hi = _span_of(
+            p_best + row * candidates, p_anchor + row * candidates, n, candidates, mine, window, sinks,
+            B_C, SPANS, BACKWARD, FORWARD, SPAN_POWER, JOINT,
+        )  # fmt: skip
+        if i_piece == 0:
+            tl.store(p_score + row * SPANS + mine, score)
+        start += i_piece * SPLIT
+        part = head * parts + NEAR + mine * PIECES + i_piece
+        if start > hi:
+            tl.store(p_lse + part, float("-inf"))
+        else:
+            _span_piece(
+                p_q + head * s_q_head, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+                p_out + part * DV, p_lse + part,
+                s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+                head // G, start, tl.minimum(start + SPLIT, hi + 1), scale,
+                D, B_D, DV, B_DV, B_N, KIND, SHIFT,
+            )  # fmt: skip
+
+
+@triton.jit
+def merge_kernel(
+    p_parts, p_lse, p_score, p_out, s_out_sequence, s_out_head,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr, JOINT: tl.constexpr,
+    DV: tl.constexpr, B_DV: tl.constexpr, B_P: tl.constexpr, B_CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Merge the pieces of one query head, B_DV channels a program."""
+    i_head, i_channels, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = NEAR + SPANS * PIECES
+    row = i_sequence * tl.num_programs(0) + i_head
+    p_lse += row * parts
+    p_parts += row * parts * DV
+    o_p, o_dv = tl.arange(0, B_P), i_channels * B_DV + tl.arange(0, B_DV)
+    b_l = tl.load(p_lse + o_p, mask=o_p < parts, other=float("-inf"))
+    top = tl.max(b_l, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    b_w = tl.exp2(b_l - top)  # [B_P], how much each part weighs
+    factor_near = 1.0 / tl.sum(b_w, 0)
+    b_factor = tl.zeros([B_P], tl.float32) + factor_near
+    if not JOINT:
+        # softmax over span j and what is near jointly, weighed by the gate: what each part is multiplied by
+        near = tl.sum(tl.where(o_p < NEAR, b_w, 0.0), 0)
+        best = tl.full([], float("-inf"), tl.float32)
+        for j in tl.static_range(SPANS):
+            best = tl.maximum(best, tl.load(p_score + row * SPANS + j))
+        if best > float("-inf"):
+            gates, shared = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+            for j in tl.static_range(SPANS):
+                gate = tl.exp(tl.load(p_score + row * SPANS + j) - best)
+                inside = (o_p >= NEAR + j * PIECES) & (o_p < NEAR + (j + 1) * PIECES)
+                part = gate / (near + tl.sum(tl.where(inside, b_w, 0.0), 0))
+                b_factor = tl.where(inside, part, b_factor)
+                gates += gate
+                shared += part
+            b_factor = tl.where(o_p < NEAR, shared, b_factor) / gates
+    b_w = b_w * b_factor
+    if B_P == B_CHUNK:
+        # Parts without keys were not written; NaN is unequal to 0.
+        p = p_parts + o_p[:, None] * DV + o_dv[None, :]
+        b_x = tl.load(p, mask=((o_p < parts) & (b_w != 0.0))[:, None] & (o_dv < DV)[None, :], other=0.0)
+        b_o = tl.sum(b_w[:, None] * b_x, 0)
+    else:
+        b_o = tl.zeros([B_DV], tl.float32)
+        for start in tl.static_range(0, B_P, B_CHUNK):
+            o_c = tl.arange(0, B_CHUNK)
+            chosen = o_p[:, None] == start + o_c[None, :]
+            b_c = tl.sum(tl.where(chosen, b_w[:, None], 0.0), 0)
+            p = p_parts + (start + o_c)[:, None] * DV + o_dv[None, :]
+            b_x = tl.load(p, mask=((start + o_c < parts) & (b_c != 0.0))[:, None] & (o_dv < DV)[None, :], other=0.0)
+            b_o += tl.sum(b_c[:, None] * b_x, 0)
+    p = p_out + i_sequence * s_out_sequence + i_head.to(tl.int64) * s_out_head + o_dv
+    tl.store(p, b_o.to(p_out.dtype.element_ty), mask=o_dv < DV)
+
+
+def decode(
+    q: Tensor, k: Held, v: Held, lengths: Tensor, search: Search, *, scale: float,
+    routing_query: Tensor | None = None, search_keys: Held | None = None, out: Tensor | None = None,
+    config: Mapping[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Attend from the newest token of every sequence; see `reference.decode`.
+
+    Args:
+        q: as there, and so on.
+        k: as there.
+        v: as there.
+        lengths: as there; on the device.
+        search: as there.
+        scale: as there.
+        routing_query: as there.
+        search_keys: as there.
+        out: where the result goes, `[B, Hq, Dv]`; None: a new tensor of q's type.
+        config: `split`, the keys of a span that one program reads, `block`, those it reads at once, `warps`, `stages`;
+            None: by what the spans can hold.
+    """
+    sequences, heads, dim = q.shape
+    group, value_dim = heads // k.heads, v.dim
+    routing = q if routing_query is None else routing_query
+    searched = k if search_keys is None else search_keys
+    capacity = k.capacity
+    steps = search.steps(capacity, q.device)
+    spans = search.spans if steps.numel() else 0
+    config = config or {}
+    block_a = config.get('B_A',64)
+    blocks = max(1, triton.cdiv(steps.numel(), block_a))
+    dims = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim))}
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    block_g = max(16, triton.next_power_of_2(group))
+    best = torch.empty(sequences, heads, blocks, max(1, spans), dtype=torch.float32, device=q.device)
+    anchor = torch.empty(best.shape, dtype=torch.int32, device=q.device)
+    if spans:
+        rows, table, codes, scales, *strides = searched.arguments()
+        search_newest_kernel[(blocks, k.heads, sequences)](
+            routing, rows, table, codes, scales, lengths, steps, best, anchor,
+            routing.stride(0), routing.stride(1), *strides, steps.numel(),
+            G=group, B_G=block_g, **dims, B_A=block_a, SPANS=spans,
+            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, num_warps=config.get('warps_a',4),
+        )  # fmt: skip
+    longest = search.longest(capacity) if spans else 0
+    config = config or _config(q, value_dim, longest)
+    split, block_n = config["split"], config["block"]
+    pieces = max(1, triton.cdiv(longest, split))
+    near = triton.cdiv(min(capacity, search.window + search.sinks), block_n)
+    parts = near + spans * pieces
+    part_out = torch.empty(sequences, heads, parts, value_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(sequences, heads, parts, dtype=torch.float32, device=q.device)
+    score = torch.empty(sequences, heads, max(1, spans), dtype=torch.float32, device=q.device)
+    k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
+    v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
+    joint = search.gate == "joint"
+    values: dict[str, Any] = {"DV": value_dim, "B_DV": max(16, triton.next_power_of_2(value_dim))}
+    parts_kernel[(near * k.heads + heads * spans * pieces, sequences)](
+        q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
+        lengths, best, anchor, part_out, part_lse, score,
+        q.stride(0), q.stride(1), *k_strides, *v_strides,
+        blocks * max(1, spans), search.window, search.sinks, scale * _LOG2E,
+        HEADS=heads, G=group, B_G=block_g, **dims, **values,
+        NEAR=near, PIECES=pieces, SPLIT=split, B_N=block_n,
+        B_C=triton.next_power_of_2(blocks * max(1, spans)),
+        SPANS=spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power, JOINT=joint,
+        KIND=k.kind, SHIFT=k.shift, PRECISION=precision, num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
+    if out is None:
+        out = torch.empty(sequences, heads, value_dim, dtype=q.dtype, device=q.device)
+    block_dv, block_p = min(32, values["B_DV"]), triton.next_power_of_2(parts)
+    merge_kernel[(heads, triton.cdiv(value_dim, block_dv), sequences)](
+        part_out, part_lse, score, out, out.stride(0), out.stride(1),
+        NEAR=near, PIECES=pieces, SPANS=spans, JOINT=joint,
+        DV=value_dim, B_DV=block_dv, B_P=block_p, B_CHUNK=min(256, block_p), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _config(q: Tensor, value_dim: int, longest: int) -> Mapping[str, int]:
+    """Return how spans are split over programs."""
+    wide = max(q.shape[-1], value_dim) > 128 or q.dtype == torch.float32
+    return {"split": 256 if longest < 4096 else 512, "block": 64 if wide else 128, "warps": 4, "stages": 2}
