@@ -34,30 +34,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longspan.attention import superlinear_gradients
+from longspan.attention import superlinear_gradients, superlinear_kernels
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
 from longspan.attention.spans import attend_spans, disjoint
 from longspan.attention.window import attend_window
 from longspan.errors import UsageError
 from longspan.kernels.partial_attention import merge_partials
+from longspan.kernels.superlinear import offsets
 from longspan.kv.base import PAGE, LayerKV
-
-_OFFSETS: dict[float, list[int]] = {}
-
-
-def offsets(power: float, limit: int) -> list[int]:
-    """Return the one table of `floor(i^(1/power))` for i = 1, 2, ..., grown to pass `limit`.
-
-    Every path reads this table, so that prefill and decode agree at any length. Where 1/power is a whole number the
-    entries are computed in integers, otherwise in float64.
-    """
-    table = _OFFSETS.setdefault(power, [])
-    exponent = 1.0 / power
-    while not table or table[-1] <= limit:
-        i = len(table) + 1
-        table.append(i ** round(exponent) if exponent.is_integer() else math.floor(i**exponent))
-    return table
-
 
 @dataclass(frozen=True)
 class Superlinear(Mechanism):
@@ -127,10 +111,13 @@ class Superlinear(Mechanism):
         )
 
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
-        """See `Mechanism.attend`; gradients are computed by kernels where these serve."""
+        """See `Mechanism.attend`; kernels attend, and compute gradients, where they serve."""
         hints = hints or Hints()
         if superlinear_gradients.serves(self, q, kv, hints):
             return superlinear_gradients.attend(self, q, kv, scale, hints)
+        if superlinear_kernels.serve(self, q, kv, hints):
+            scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+            return superlinear_kernels.attend(self, q, kv, scale, hints).to(q.dtype)
         return super().attend(q, kv, scale=scale, hints=hints)
 
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:

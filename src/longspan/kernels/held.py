@@ -8,6 +8,7 @@ It does not know attention, nor how pages come and go.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Held:
 
     Attributes:
         rows: `[B, Hkv, N, D]`, or the pages of a pool `[Hkv, slots, PAGE, D]`; the last axis without gaps.
-        table: int64 `[B, pages]`: each page's slot in `rows`, or, `1 << shift` and more, its slot in `codes` plus that;
+        table: int64 `[B, pages]`: each page's slot in `rows`; or its slot in `codes`, with any bit from `shift` on set;
             None: `rows` is a tensor of rows.
         codes: uint8 `[Hkv, slots, PAGE, D]`, fp8 e4m3 pages; None: there are none.
         scales: float32 `[Hkv, slots]` of `codes`.
@@ -82,6 +83,17 @@ class Held:
         head, slot, token, _ = self.rows.stride()
         return self.rows, self.table, codes, scales, 0, head, slot, token, self.table.stride(0), slots
 
+    def repeated(self, times: int) -> Held:
+        """Return every sequence `times` times, one after the other, without copying a row."""
+        if times == 1:
+            return self
+        if self.table is not None:
+            return dataclasses.replace(self, table=self.table.repeat_interleave(times, 0))
+        batch, heads, tokens, dim = self.rows.shape
+        if batch == 1:
+            return Held(self.rows.expand(times, heads, tokens, dim))
+        return Held(self.rows.repeat_interleave(times, 0))
+
     def gathered(self, sequence: int, length: int) -> Tensor:
         """Return the first `length` rows of one sequence, `[Hkv, length, D]`, in the rows' type: for references."""
         if self.table is None:
@@ -91,7 +103,7 @@ class Held:
         pages = self.rows[:, torch.where(native, handles, 0)]
         if self.codes is not None:
             assert self.scales is not None
-            slots = torch.where(native, 0, handles - (1 << self.shift))
+            slots = torch.where(native, 0, handles & ((1 << self.shift) - 1))
             numbers = self.codes.view(torch.float8_e4m3fn)[:, slots].float() * self.scales[:, slots, None, None]
             pages = torch.where(native[None, :, None, None], pages, numbers.to(pages.dtype))
         return pages.flatten(1, 2)[:, :length]

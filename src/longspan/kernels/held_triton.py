@@ -31,7 +31,7 @@ def load_rows(
             slot = tl.where(coded, 0, handle)
             p = p_rows + i_head * s_head + (slot * s_slot + (o_n % 64) * s_token)[:, None] + o_d[None, :]
             b_x = tl.load(p, mask=(m_n & (coded == 0))[:, None] & m_d[None, :], other=0.0)
-            row = i_head * slots + tl.where(coded, handle - (1 << SHIFT), 0)
+            row = i_head * slots + tl.where(coded, handle & ((1 << SHIFT) - 1), 0)
             b_scale = tl.load(p_scales + row, mask=m_n & coded, other=0.0)
             p = p_codes + ((row * 64 + o_n % 64) * D)[:, None] + o_d[None, :]
             b_code = tl.load(p, mask=(m_n & coded)[:, None] & m_d[None, :], other=0).to(tl.int16)

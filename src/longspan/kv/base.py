@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from longspan.kernels.held import Held
 from longspan.kv.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ class LayerKV(ABC):
         made for it, or it was asked for then.
         """
 
+    def held(self, what: str) -> Held | None:
+        """Return the unrotated keys `k` or the values `v` as kernels read them, where they lie; None: they can't."""
+        return None
+
     def readable(self) -> Tensor | None:
         """Whether each page can be read token by token, in whatever format, bool `[ceil(N / PAGE)]`; None: all can."""
         return None
@@ -142,6 +147,11 @@ class TensorKV(LayerKV):
     def values(self, start: int, stop: int) -> Tensor:
         """See `LayerKV`."""
         return self._v[:, :, start:stop]
+
+    def held(self, what: str) -> Held | None:
+        """See `LayerKV`."""
+        rows = self._k if what == "k" else self._v
+        return Held(rows if rows.stride(-1) == 1 else rows.contiguous())
 
     def gather_keys(self, index: Tensor) -> Tensor:
         """See `LayerKV`."""

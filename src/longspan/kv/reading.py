@@ -12,15 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longspan.kernels.held import Held
 from longspan.kv.base import PAGE, LayerKV
 from longspan.kv.blocks import BlockSummaries
 from longspan.kv.budget import Budget
+from longspan.kv.encodings import Float8
 from longspan.kv.mirror import Mirror
 from longspan.kv.planes import SHIFT, SLOT
 from longspan.kv.pool import PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED, SlotTable
 
+_FP8 = Float8().coding
+"""What kernels can read beside the native type."""
 _RUNS = 16
 """Stretches of neighbouring slots that are read one by one; more of them are gathered plane by plane."""
 
@@ -139,6 +143,20 @@ class PageReader(LayerKV):
     def summary(self, what: str, block: int = PAGE) -> Tensor:
         """See `LayerKV`."""
         return self.blocks.get(self, what, block)
+
+    def held(self, what: str) -> Held | None:
+        """See `LayerKV`: where all pages are in the native type or fp8."""
+        native = self.pool.native.tensors[what]
+        table = self.pages.tensor(self.pool.device).unsqueeze(0)
+        if self.pages.plain:
+            return Held(native, table)
+        planes = {handle >> SHIFT for handle in self.table}
+        others = [plane for plane in self.pool.planes if plane.number in planes and plane is not self.pool.native]
+        if min(planes) < 0 or len(others) != 1 or others[0].format.coding != _FP8:
+            return None
+        plane = others[0]
+        scales = plane.tensors[f"{what}_scale"].flatten(1)
+        return Held(native, table, plane.tensors[what], scales, SHIFT)
 
     def readable(self) -> Tensor | None:
         """See `LayerKV`."""

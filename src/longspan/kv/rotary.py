@@ -8,6 +8,7 @@ It does not know which position a key should have: mechanisms decide.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -23,12 +24,19 @@ class Rotary:
         """Take the frequencies `[R/2]` in radians a token and the number of positions the model was trained on."""
         self.inv_freq = inv_freq.detach().double().cpu()
         self.trained_length = trained_length
+        self._turns: Tensor | None = None
         self._ranges: OrderedDict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
     def dim(self) -> int:
         """Number of channels that are rotated."""
         return 2 * self.inv_freq.numel()
+
+    def turns(self, device: torch.device) -> Tensor:
+        """Return by how many turns a token each pair of channels is rotated, float64 `[R/2]`, for kernels."""
+        if self._turns is None or self._turns.device != device:
+            self._turns = (self.inv_freq / (2 * math.pi)).to(device)
+        return self._turns
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x `[..., N, D]` to integer positions `[N]` or any shape that broadcasts to `[..., N]`."""

@@ -20,7 +20,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from longspan.attention import Mechanism, attend, make
 from longspan.attention.superlinear import Superlinear
+from longspan.attention.superlinear_kernels import search_of
 from longspan.bench.attention.inputs import Inputs
+from longspan.kernels import superlinear
+from longspan.kernels.held import PAGE, Held
 from longspan.bench.timing import Call
 
 OURS = "longspan"
@@ -80,11 +83,19 @@ class Ours(Side):
 
     def graphs(self, device: torch.device) -> bool:
         """See `Side`."""
-        return False
+        return device.type == "cuda" and isinstance(self.truth, Superlinear)
 
     def decode(self, inputs: Inputs) -> Call:
-        """See `Side`."""
-        return self.prefill(inputs)
+        """See `Side`: on a GPU from pages behind a page table, with the context's length on the device."""
+        mechanism, k, v = self.truth, inputs.k, inputs.v
+        if not self.graphs(k.device) or not isinstance(mechanism, Superlinear) or k.shape[2] % PAGE:
+            return self.prefill(inputs)
+        pages = k.shape[2] // PAGE
+        table = torch.arange(pages, device=k.device).unsqueeze(0)
+        held = [Held(x.view(x.shape[1], pages, PAGE, x.shape[3]), table) for x in (k, v)]
+        lengths = torch.tensor([k.shape[2]], device=k.device)
+        search, scale, q = search_of(mechanism), 1.0 / math.sqrt(k.shape[3]), inputs.q[:, :, 0]
+        return lambda: superlinear.decode(q, *held, lengths, search, scale=scale).unsqueeze(2)
 
     def prefill(self, inputs: Inputs) -> Call:
         """See `Side`."""

@@ -10,6 +10,7 @@ A row's result depends on its own span alone: not on the rows that share its til
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,58 +18,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.kernels.held import Held
+from longspan.kernels.held import MIXED, PAGE, PAGES, Held
 from longspan.kernels.held_triton import load_rows
+from longspan.kernels.tiles import Tile, hopper, roomy
 
-_NOWHERE = torch.iinfo(torch.int64).max
-_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
+LOG2_E = math.log2(math.e)
+LN_2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def _step(
-    n, stop, b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
+def _walk(
+    b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
     p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
     s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-    i_head, o_d, o_dv, scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    i_head, start, left, edge, blocks, stop, scale,
+    D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, SPARSE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Read one block of keys: running maximum (base 2), sum of weights, and output."""
-    o_n = n + tl.arange(0, BLOCK_N)
-    m_n = o_n < stop
-    if TMA:
-        b_k = p_k_codes.load([k_slots + n, 0])
-    else:
-        b_k = load_rows(
-            p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
-            i_head, o_n, m_n, o_d, D, KIND, SHIFT,
-        )  # fmt: skip
-    b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)  # [BLOCK_R, BLOCK_N]
-    if TMA:
-        b_v = p_v_codes.load([v_slots + n, 0])
-    else:
-        b_v = load_rows(
-            p_v, p_v_table, p_v_codes, p_v_scales, s_v_head, s_v_slot, s_v_token, v_slots,
-            i_head, o_n, m_n, o_dv, DV, KIND, SHIFT,
-        ).to(b_q.dtype)  # fmt: skip
-    if MASKED:
-        # A value that is not finite would spoil rows that don't read it (0 * NaN): it counts as 0, and makes the score
-        # of its key NaN, which rows that don't read it never see. Number minus itself is 0, or NaN if not finite.
-        b_s += tl.sum((b_v - b_v).to(tl.float32), 1)[None, :]
-        b_v = tl.where(tl.abs(b_v) < float("inf"), b_v, 0.0)
-        m_read = m_some[:, None] & (o_n[None, :] >= b_lo[:, None]) & (o_n[None, :] <= b_hi[:, None])
-        b_s = tl.where(m_read, b_s, float("-inf"))
-        # NaN among the scores is lost in a maximum, not in the sum of the weights.
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-    else:
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_base = b_new
-    b_p = tl.exp2(b_s * scale - b_base[:, None])
-    b_keep = tl.exp2(b_max - b_base)
-    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_keep[:, None], input_precision=PRECISION)
-    return b_new, b_sum, b_out
+    """Take blocks of keys into the online softmax: `left` from `start` on, the others from `edge` on.
+
+    Where copies are the engine's (TMA), `p_k_codes` and `p_v_codes` describe keys and values as rows one after another,
+    and `k_slots`, `v_slots` are this head's first row (of pages: its first slot's).
+    """
+    o_d, o_dv = tl.arange(0, B_D), tl.arange(0, B_DV)
+    for i in tl.range(0, blocks):
+        n = tl.where(i < left, start, edge - left * BLOCK_N) + i * BLOCK_N if MASKED else start + i * BLOCK_N
+        o_n = n + tl.arange(0, BLOCK_N)
+        if SPARSE:
+            touched = tl.max((m_some & (b_lo < n + BLOCK_N) & (b_hi >= n)).to(tl.int32), 0)
+        else:
+            touched = 1
+        if touched > 0:
+            m_n = o_n < stop
+            if TMA:
+                k_row, v_row = k_slots + n, v_slots + n
+                if K_KIND == 1:
+                    k_row = k_slots + tl.load(p_k_table + n // 64).to(tl.int32) * 64 + n % 64
+                if V_KIND == 1:
+                    v_row = v_slots + tl.load(p_v_table + n // 64).to(tl.int32) * 64 + n % 64
+                b_k = p_k_codes.load([k_row, 0])
+                b_v = p_v_codes.load([v_row, 0])
+            else:
+                b_k = load_rows(
+                    p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
+                    i_head, o_n, m_n, o_d, D, K_KIND, SHIFT,
+                ).to(b_q.dtype)  # fmt: skip
+                b_v = load_rows(
+                    p_v, p_v_table, p_v_codes, p_v_scales, s_v_head, s_v_slot, s_v_token, v_slots,
+                    i_head, o_n, m_n, o_dv, DV, V_KIND, SHIFT,
+                ).to(b_q.dtype)  # fmt: skip
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_R, BLOCK_N]
+            if CAREFUL:
+                # A value that is not finite counts as 0, and makes the score of its key NaN, which rows that don't
+                # read it never see. A number minus itself is 0, or NaN if it is not finite.
+                b_s += tl.sum((b_v - b_v).to(tl.float32), 1)[None, :]
+                b_v = tl.where(tl.abs(b_v) < float("inf"), b_v, 0.0)
+            if MASKED:
+                m_read = m_some[:, None] & (o_n[None, :] >= b_lo[:, None]) & (o_n[None, :] <= b_hi[:, None])
+                b_s = tl.where(m_read, b_s, float("-inf"))
+            # NaN among the scores is lost in a maximum, not in the sum of the weights.
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+            b_p = tl.exp2(b_s * scale - b_base[:, None])
+            b_keep = tl.exp2(b_max - b_base)
+            b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_keep[:, None], input_precision=PRECISION)
+            b_max = b_new
+    return b_max, b_sum, b_out
 
 
 @triton.jit
@@ -80,7 +97,7 @@ def _span_attention_kernel(
     rows, kv_heads, scale,
     D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SHARE: tl.constexpr,
-    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, SPARSE: tl.constexpr, TMA: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, SPARSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_both = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_sequence, i_head = i_both // kv_heads, i_both % kv_heads
@@ -107,47 +124,52 @@ def _span_attention_kernel(
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, B_DV], tl.float32)
     if start < stop:
-        first = start // BLOCK_N * BLOCK_N  # loads begin at whole blocks
-        # What every row reads wholly: from the last beginning to the first end.
-        inner = tl.cdiv(tl.max(tl.where(m_some, b_lo, 0), 0), BLOCK_N) * BLOCK_N
-        outer = (tl.min(tl.where(m_some, b_hi, 2147483646), 0) + 1) // BLOCK_N * BLOCK_N
-        if inner >= outer:
-            inner = tl.cdiv(stop, BLOCK_N) * BLOCK_N
-            outer = inner
-        ends = (inner - first) // BLOCK_N
-        for i in tl.range(0, ends + tl.cdiv(stop - outer, BLOCK_N)):
-            n = tl.where(i < ends, first + i * BLOCK_N, outer + (i - ends) * BLOCK_N)
-            if SPARSE:
-                touched = tl.max((m_some & (b_lo < n + BLOCK_N) & (b_hi >= n)).to(tl.int32), 0)
-            else:
-                touched = 1
-            if touched > 0:
-                b_max, b_sum, b_out = _step(
-                    n, stop, b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
-                    p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
-                    s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                    i_head, o_d, o_dv, scale, D, DV, BLOCK_N, KIND, SHIFT, PRECISION, True, TMA,
-                )  # fmt: skip
-        for n in tl.range(inner, outer, BLOCK_N):
-            b_max, b_sum, b_out = _step(
-                n, n + BLOCK_N, b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
+        start = start // BLOCK_N * BLOCK_N  # loads begin at whole blocks
+        # What every row reads wholly, from the last beginning to the first end, needs no mask.
+        middle = tl.cdiv(tl.max(tl.where(m_some, b_lo, 0), 0), BLOCK_N) * BLOCK_N
+        edge = (tl.min(tl.where(m_some, b_hi, 2147483646), 0) + 1) // BLOCK_N * BLOCK_N
+        if middle >= edge:
+            middle = tl.cdiv(stop, BLOCK_N) * BLOCK_N
+            edge = middle
+        left, whole = (middle - start) // BLOCK_N, (edge - middle) // BLOCK_N
+        b_max, b_sum, b_out = _walk(
+            b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
+            p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+            s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+            i_head, start, left, edge, left + tl.cdiv(tl.maximum(stop - edge, 0), BLOCK_N), stop, scale,
+            D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, True, SPARSE, False,
+        )  # fmt: skip
+        b_max, b_sum, b_out = _walk(
+            b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
+            p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+            s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+            i_head, middle, 0, 0, whole, edge, scale,
+            D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, False, False, False,
+        )  # fmt: skip
+        clean = tl.min(tl.min((tl.abs(b_out) <= float("inf")).to(tl.int32), 1), 0)  # NaN compares false
+        if clean == 0:
+            # A value that is not finite spoils rows that don't read it (0 * NaN): once more, with care.
+            b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+            b_sum = tl.zeros([BLOCK_R], tl.float32)
+            b_out = tl.zeros([BLOCK_R, B_DV], tl.float32)
+            b_max, b_sum, b_out = _walk(
+                b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
                 p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
                 s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                i_head, o_d, o_dv, scale, D, DV, BLOCK_N, KIND, SHIFT, PRECISION, False, TMA,
+                i_head, start, 0, start, tl.cdiv(stop - start, BLOCK_N), stop, scale,
+                D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, True, SPARSE, True,
             )  # fmt: skip
     m_none = (b_sum == 0.0) | (m_some == 0)
-    b_lse = (b_max + tl.log2(tl.where(m_none, 1.0, b_sum))) * 0.6931471805599453
-    b_lse = tl.where(m_none, float("-inf"), b_lse)
-    b_out = b_out / tl.where(m_none, 1.0, b_sum)[:, None]
-    b_out = tl.where(m_none[:, None], 0.0, b_out)
-    tl.store(p_lse + o_row, b_lse, mask=m_row)
+    b_lse = (b_max + tl.log2(tl.where(m_none, 1.0, b_sum))) * LN_2
+    b_out = tl.where(m_none[:, None], 0.0, b_out / tl.where(m_none, 1.0, b_sum)[:, None])
+    tl.store(p_lse + o_row, tl.where(m_none, float("-inf"), b_lse), mask=m_row)
     p_outs = p_out + o_row[:, None] * DV + o_dv[None, :]
     tl.store(p_outs, b_out.to(p_out.dtype.element_ty), mask=m_row[:, None] & (o_dv < DV)[None, :])
 
 
 def span_attention(
     q: Tensor, k: Tensor | Held, v: Tensor | Held, lo: Tensor, hi: Tensor, *, scale: float,
-    order: Tensor | None = None, dtype: torch.dtype = torch.float32, config: dict[str, int] | None = None,
+    order: Tensor | None = None, out_dtype: torch.dtype = torch.float32, tile: Tile | None = None, engine: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend from every row to the keys `lo .. hi`; arguments and results as in the reference, and beyond it:
 
@@ -160,48 +182,66 @@ def span_attention(
         scale: as in the reference.
         order: int64 `[B * H, R]`: the rows of each KV head, numbered through all of them, in an order in which
             neighbours read nearly the same keys and those that read nothing come last; None: found here.
-        dtype: of the outputs.
-        config: blocks, warps and stages; None: those for this device.
+        out_dtype: of the outputs.
+        tile: how the kernel is cut; None: as `forward_tile` says.
+        engine: whether Hopper's copy engine brings blocks of keys (TMA); None: where it can.
     """
     k = k if isinstance(k, Held) else Held(k if k.stride(-1) == 1 else k.contiguous())
     v = v if isinstance(v, Held) else Held(v if v.stride(-1) == 1 else v.contiguous())
     batch, heads, rows = lo.shape
     dim, value_dim = q.shape[-1], v.dim
-    out = torch.empty(batch, heads, rows, value_dim, dtype=dtype, device=q.device)
+    out = torch.empty(batch, heads, rows, value_dim, dtype=out_dtype, device=q.device)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     if order is None:
         order = torch.argsort(torch.where(lo <= hi, lo, torch.iinfo(lo.dtype).max), dim=-1).view(batch * heads, rows)
         order = order + torch.arange(batch * heads, device=q.device).unsqueeze(1) * rows
     q, lo, hi = q.to(k.rows.dtype).contiguous(), lo.contiguous(), hi.contiguous()
-    config = config or _config(q, value_dim)
+    tile = tile or forward_tile(q.dtype, max(dim, value_dim), roomy(q.device))
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
     v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
-    tma = config.get("TMA", False)
-    if tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-        N = k_rows.shape[0]*k_rows.shape[1]*k_rows.shape[2]
-        k_codes = TensorDescriptor(k_rows, [N, dim], [k_strides[3], 1], [config["BLOCK_N"], dim])
-        v_codes = TensorDescriptor(v_rows, [N, dim], [v_strides[3], 1], [config["BLOCK_N"], dim])
-    config = {"TMA": False, **config}
-    _span_attention_kernel[(triton.cdiv(rows, config["BLOCK_R"]), batch * heads)](
+    if engine is None:
+        engine = hopper(q.device)
+    engine = engine and all(_described(held, tile.keys) for held in (k, v))
+    if engine:
+        k_codes, v_codes = _descriptor(k.rows, k_strides[3], tile.keys), _descriptor(v.rows, v_strides[3], tile.keys)
+    _span_attention_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
         q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
-        lo, hi, order, out, lse, *k_strides, *v_strides, rows, heads, scale * _LOG2E,
+        lo, hi, order, out, lse, *k_strides, *v_strides, rows, heads, scale * LOG2_E,
         D=dim, DV=value_dim,
         B_D=max(16, triton.next_power_of_2(dim)), B_DV=max(16, triton.next_power_of_2(value_dim)),
-        SHARE=rows // q.shape[2], KIND=k.kind, SHIFT=k.shift,
+        BLOCK_R=tile.rows, BLOCK_N=tile.keys, SHARE=rows // q.shape[2], K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
         # Few rows lie far apart: blocks that none of them reads are then passed over.
-        SPARSE=rows // config["BLOCK_R"] * 8192 < k.capacity,
-        **config,
+        SPARSE=rows // tile.rows * 8192 < k.capacity, TMA=engine,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
 
 
-def _config(q: Tensor, value_dim: int) -> dict[str, Any]:
-    """Return blocks, warps and stages."""
-    exact, wide = q.dtype == torch.float32, max(q.shape[-1], value_dim) > 128
-    if not exact and not wide and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        return {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    # Shared memory of Ada and small Ampere chips (99 KiB) holds these blocks twice; float32 takes twice the bytes.
-    block_r, block_n = (64, 32) if wide else (128, 32 if exact else 64)
-    return {"BLOCK_R": block_r, "BLOCK_N": block_n, "num_warps": 8 if exact else 4, "num_stages": 2}
+def forward_tile(dtype: torch.dtype, dim: int, roomy: bool) -> Tile:
+    """Return the tile for keys of this type and head size, on a chip with much shared memory or with little."""
+    if dtype == torch.float32:
+        return Tile(64, 32, 8, 2) if dim > 128 else Tile(128, 32, 8, 2)
+    if dim > 128:
+        return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 4, 2)
+    return Tile(128, 64, 8, 3) if roomy else Tile(128, 64, 4, 2)
+
+
+def _described(held: Held, keys: int) -> bool:
+    """Return whether the copy engine can bring blocks of `keys` rows."""
+    if held.kind == MIXED or held.rows.element_size() > 2 or held.dim & (held.dim - 1) or held.dim < 16:
+        return False
+    sequence, head, slot, token = held.arguments()[4:8]
+    whole = head % token == 0 and sequence % token == 0 and token * held.rows.element_size() % 16 == 0
+    if held.kind == PAGES:
+        return whole and keys <= PAGE and slot == PAGE * token and held.rows.data_ptr() % 16 == 0
+    return whole and held.rows.data_ptr() % 16 == 0
+
+
+def _descriptor(rows: Tensor, token: int, keys: int) -> Any:
+    """Return keys or values, all heads and sequences, as rows `token` numbers apart, of which `keys` are copied."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    dim = rows.shape[-1]
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape[:-1], rows.stride()[:-1], strict=True)) // token
+    return TensorDescriptor(rows, [reach, dim], [token, 1], [keys, dim])

@@ -5,28 +5,31 @@ The equations are those of `attention/superlinear.py` (arXiv 2601.18401); the si
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from longspan.kernels.held import Held
-from longspan.kernels.superlinear.search import Search
+from longspan.kernels.superlinear.search import Search, Turn
 
 
 def decode(
     q: Tensor, k: Held, v: Held, lengths: Tensor, search: Search, *, scale: float,
-    routing_query: Tensor | None = None, search_keys: Held | None = None,
+    routing_query: Tensor | None = None, search_keys: Held | None = None, turn: Turn | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend from the newest token of every sequence.
 
     Args:
-        q: `[B, Hq, D]`, rotated to its position if the model rotates.
-        k: keys at their positions.
+        q: `[B, Hq, D]`, unrotated.
+        k: keys, rotated to their positions if there is a `turn`.
         v: values.
         lengths: int64 `[B]`, tokens of each sequence, the newest included.
         search: which keys are read, and the gate.
         scale: what the scores of attention (not of the search) are multiplied by.
         routing_query: `[B, Hq, D]` that searches; None: q.
         search_keys: unrotated keys, which are searched; None: k.
+        turn: how queries are rotated; None: they are not.
 
     Returns:
         `[B, Hq, Dv]` in float32 (float64 where q is).
@@ -40,7 +43,8 @@ def decode(
         anchor_keys = searched.gathered(b, n).to(dtype)
         for h in range(q.shape[1]):
             i = h // (q.shape[1] // k.heads)
-            out[b, h] = _row(q[b, h].to(dtype), routing[b, h].to(dtype), keys[i], values[i], anchor_keys[i], search, scale)
+            row = routing[b, h].to(dtype), keys[i], values[i], anchor_keys[i]
+            out[b, h] = _row(q[b, h].to(dtype), *row, search, turn, scale)
     return out
 
 
@@ -62,23 +66,46 @@ def spans_of(routing: Tensor, anchor_keys: Tensor, search: Search) -> tuple[Tens
 
 
 def _row(
-    q: Tensor, routing: Tensor, k: Tensor, v: Tensor, anchor_keys: Tensor, search: Search, scale: float
-) -> Tensor:
+    q: Tensor, routing: Tensor, k: Tensor, v: Tensor, anchor_keys: Tensor, search: Search, turn: Turn | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
     n = k.shape[0]
     near = torch.zeros(n, dtype=torch.bool, device=q.device)
     near[max(0, n - search.window) :] = True
     near[: search.sinks] = True
+    moved = turn is not None and n > turn.trained
+    seen_from = torch.full((n,), n - 1, device=q.device)
+    if moved and n > search.window:
+        seen_from[: min(search.sinks, n - search.window)] = min(search.sinks, n - search.window) - 1 + search.window
     scores, spans = spans_of(routing, anchor_keys, search)
     reads = []
+    # Keys that spans share are read where the span that begins first (of equals the better) reads them.
+    starts = [max(first, search.sinks) for first, _ in spans]
+    for j in sorted(range(len(spans)), key=lambda j: (starts[j], j), reverse=True):
+        if moved:
+            seen_from[starts[j] : spans[j][1] + 1] = spans[j][1] + search.window
     for first, last in spans:
         read = near.clone()
         read[first : last + 1] = True
         reads.append(read)
     if not reads or search.gate == "joint":
-        return _softmax_over(q, k, v, torch.stack([near, *reads]).any(0), scale)
-    outs = torch.stack([_softmax_over(q, k, v, read, scale) for read in reads])
-    return torch.softmax(scores, 0) @ outs
+        return _softmax_over(q, k, v, torch.stack([near, *reads]).any(0), turn, seen_from, scale)
+    outs = []
+    for (first, last), read in zip(spans, reads, strict=True):
+        if moved:
+            seen_from[max(first, search.sinks) : last + 1] = last + search.window
+        outs.append(_softmax_over(q, k, v, read, turn, seen_from, scale))
+    return torch.softmax(scores, 0) @ torch.stack(outs)
 
 
-def _softmax_over(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float) -> Tensor:
-    return torch.softmax(k[read] @ q * scale, 0) @ v[read]
+def _softmax_over(
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor, turn: Turn | None, seen_from: Tensor, scale: float
+) -> Tensor:
+    rows = q.expand(int(read.sum()), -1)
+    if turn is not None:
+        half = turn.per_token.numel()
+        angle = (2 * math.pi * seen_from[read].double().unsqueeze(-1) * turn.per_token.to(q.device)).to(q.dtype)
+        a, b = rows[:, :half], rows[:, half : 2 * half]
+        cos, sin = angle.cos(), angle.sin()
+        rows = torch.cat([a * cos - b * sin, b * cos + a * sin, rows[:, 2 * half :]], -1)
+    return torch.softmax((k[read] * rows).sum(-1) * scale, 0) @ v[read]

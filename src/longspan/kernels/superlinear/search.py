@@ -64,6 +64,20 @@ class Search:
         return _steps(self.power, self.first_anchor(), n, str(device))
 
 
+@dataclass(frozen=True)
+class Turn:
+    """How queries are rotated, where keys are held rotated to their own positions.
+
+    Up to the trained length everything is read at its true position; beyond it, each span (and the sinks) as if it
+    stood directly before the window.
+    """
+
+    per_token: Tensor
+    """float64 `[R / 2]`: turns a token of each pair of channels; channel i is paired with i + R / 2."""
+    trained: int
+    """Tokens that the model was trained on."""
+
+
 @functools.lru_cache(maxsize=64)
 def _steps(power: float, first: int, n: int, device: str) -> Tensor:
     table = offsets(power, n)

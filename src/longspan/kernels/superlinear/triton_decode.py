@@ -13,47 +13,91 @@ nothing to do end at once. So a step can be captured in a CUDA graph and replaye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.kernels.held import Held
+from longspan.kernels.held import MIXED, Held
 from longspan.kernels.held_triton import load_rows
-from longspan.kernels.superlinear.search import Search
+from longspan.kernels.superlinear.search import Search, Turn
 from longspan.kernels.superlinear.triton_search import reach_of, search_newest_kernel
 
 _LOG2E = 1.4426950408889634
+_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a decode step is cut into programs."""
+
+    split: int
+    """Keys of a span that one program reads."""
+    keys: int
+    """Keys that a program reads at once."""
+    anchors: int = 32
+    """Anchors that a program scores."""
+
+
+def cut_for(dtype: torch.dtype, kind: int, dim: int, longest: int) -> Cut:
+    """Return the cut for a type, what holds it, a head size, and spans of up to `longest` keys (as Hopper likes it)."""
+    keys = 64 if dim > 128 or dtype == torch.float32 or kind == MIXED else 128
+    return Cut(256 if longest < 1500 else 512 if longest < 8000 else 1024, keys)
+
+
+@triton.jit
+def _rotated(p_q, o_row, o_d, m_q, p_freq, position, ROTARY: tl.constexpr, D: tl.constexpr):
+    """Load queries, and rotate their first ROTARY channels to a position: channel i is paired with i + ROTARY / 2.
+
+    Angles are float64 (at 10M a float32 angle would be off by half a radian) and taken to one turn.
+    """
+    b_q = tl.load(p_q + o_row + o_d, mask=m_q, other=0.0)
+    if ROTARY > 0:
+        half: tl.constexpr = ROTARY // 2
+        o_freq = tl.where(o_d < half, o_d, o_d - half)
+        b_turns = position.to(tl.float64) * tl.load(p_freq + o_freq, mask=o_d < ROTARY, other=0.0)
+        b_angle = ((b_turns - tl.floor(b_turns)) * 6.283185307179586).to(tl.float32)
+        o_other = tl.where(o_d < half, o_d + half, tl.where(o_d < ROTARY, o_d - half, o_d))
+        b_other = tl.load(p_q + o_row + o_other, mask=m_q, other=0.0).to(tl.float32)
+        b_other = tl.where(o_d < half, -b_other, b_other)
+        b_turned = b_q.to(tl.float32) * tl.cos(b_angle) + b_other * tl.sin(b_angle)
+        b_q = tl.where(o_d < ROTARY, b_turned, b_q.to(tl.float32)).to(b_q.dtype)
+    return b_q
 
 
 @triton.jit
 def _near_piece(
     p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
     s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-    n, i_head, i_piece, window, sinks, scale,
-    G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
-    PARTS: tl.constexpr, B_N: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    p_freq, n, i_head, i_piece, window, sinks, trained, scale,
+    ROTARY: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
+    PARTS: tl.constexpr, B_N: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to a piece of what is near, sinks and then the window, with all query heads of a KV head at once."""
     o_g, o_d, o_dv = tl.arange(0, B_G), tl.arange(0, B_D), tl.arange(0, B_DV)
     begin = tl.maximum(n - window, 0)
-    first = tl.minimum(sinks, begin)
-    o_r = i_piece * B_N + tl.arange(0, B_N)
-    m_n = o_r < first + n - begin
-    o_n = tl.where(o_r < first, o_r, begin + o_r - first)
+    first = tl.minimum(sinks, begin)  # sinks that the window does not hold: pieces of their own, before the window's
+    pieces = tl.cdiv(sinks, B_N)
+    o_n = i_piece * B_N + tl.arange(0, B_N)
+    m_n = o_n < first
+    position = n - 1
+    if i_piece >= pieces:
+        o_n += begin - pieces * B_N
+        m_n = o_n < n
+    elif n > trained:
+        position = window + first - 1  # as if they stood directly before the window
     b_k = load_rows(
         p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
-        i_head, o_n, m_n, o_d, D, KIND, SHIFT,
+        i_head, o_n, m_n, o_d, D, K_KIND, SHIFT,
     )  # fmt: skip
     b_v = load_rows(
         p_v, p_v_table, p_v_codes, p_v_scales, s_v_head, s_v_slot, s_v_token, v_slots,
-        i_head, o_n, m_n, o_dv, DV, KIND, SHIFT,
+        i_head, o_n, m_n, o_dv, DV, V_KIND, SHIFT,
     )  # fmt: skip
-    p = p_q + (i_head * G + o_g)[:, None] * s_q_head + o_d[None, :]
-    b_q = tl.load(p, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)  # [B_G, B_D]
+    m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
+    b_q = _rotated(p_q, (i_head * G + o_g)[:, None] * s_q_head, o_d[None, :], m_q, p_freq, position, ROTARY, D)
     b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION) * scale  # [B_G, B_N], in base 2
     b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_max = tl.max(b_s, 1)
@@ -112,13 +156,13 @@ def _span_of(
 def _span_piece(
     p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
     s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-    i_head, start, end, scale,
-    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, B_N: tl.constexpr,
-    KIND: tl.constexpr, SHIFT: tl.constexpr,
+    p_freq, i_head, start, end, position, scale,
+    ROTARY: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, B_N: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Attend with one query head to the keys `start .. end - 1`."""
     o_d, o_dv = tl.arange(0, B_D), tl.arange(0, B_DV)
-    b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32) * scale  # [B_D]
+    b_q = _rotated(p_q, 0, o_d, o_d < D, p_freq, position, ROTARY, D).to(tl.float32) * scale  # [B_D]
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     b_o = tl.zeros([B_DV], tl.float32)
@@ -127,11 +171,11 @@ def _span_piece(
         m_n = o_n < end
         b_k = load_rows(
             p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
-            i_head, o_n, m_n, o_d, D, KIND, SHIFT,
+            i_head, o_n, m_n, o_d, D, K_KIND, SHIFT,
         )  # fmt: skip
         b_v = load_rows(
             p_v, p_v_table, p_v_codes, p_v_scales, s_v_head, s_v_slot, s_v_token, v_slots,
-            i_head, o_n, m_n, o_dv, DV, KIND, SHIFT,
+            i_head, o_n, m_n, o_dv, DV, V_KIND, SHIFT,
         )  # fmt: skip
         b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)  # [B_N], in base 2
         b_s = tl.where(m_n, b_s, float("-inf"))
@@ -148,16 +192,16 @@ def _span_piece(
 @triton.jit
 def parts_kernel(
     p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
-    p_lengths, p_best, p_anchor, p_out, p_lse, p_score,
+    p_lengths, p_best, p_anchor, p_freq, p_out, p_lse, p_score,
     s_q_sequence, s_q_head,
     s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
     s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
-    candidates, window, sinks, scale,
-    HEADS: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
+    candidates, window, sinks, trained, scale,
+    ROTARY: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
     D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
     NEAR: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, B_N: tl.constexpr, B_C: tl.constexpr,
     SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
-    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece: outputs `[B, Hq, NEAR + SPANS * PIECES, Dv]`, log-sum-exps in base 2, search scores."""
     i_part, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -175,8 +219,8 @@ def parts_kernel(
         _near_piece(
             p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
             s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-            n, (i_part % kv_heads).to(tl.int64), i_part // kv_heads, window, sinks, scale,
-            G, B_G, D, B_D, DV, B_DV, parts, B_N, KIND, SHIFT, PRECISION,
+            p_freq, n, (i_part % kv_heads).to(tl.int64), i_part // kv_heads, window, sinks, trained, scale,
+            ROTARY, G, B_G, D, B_D, DV, B_DV, parts, B_N, K_KIND, V_KIND, SHIFT, PRECISION,
         )  # fmt: skip
     elif SPANS > 0:
         i_rest = i_part - NEAR * kv_heads
@@ -198,8 +242,9 @@ def parts_kernel(
                 p_q + head * s_q_head, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
                 p_out + part * DV, p_lse + part,
                 s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                head // G, start, tl.minimum(start + SPLIT, hi + 1), scale,
-                D, B_D, DV, B_DV, B_N, KIND, SHIFT,
+                p_freq, head // G, start, tl.minimum(start + SPLIT, hi + 1),
+                tl.where(n > trained, window + hi, n - 1), scale,
+                ROTARY, D, B_D, DV, B_DV, B_N, K_KIND, V_KIND, SHIFT,
             )  # fmt: skip
 
 
@@ -259,10 +304,10 @@ def merge_kernel(
 
 def decode(
     q: Tensor, k: Held, v: Held, lengths: Tensor, search: Search, *, scale: float,
-    routing_query: Tensor | None = None, search_keys: Held | None = None, out: Tensor | None = None,
-    config: Mapping[str, int] | None = None,
+    routing_query: Tensor | None = None, search_keys: Held | None = None, turn: Turn | None = None,
+    out: Tensor | None = None, cut: Cut | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attend from the newest token of every sequence; see `reference.decode`.
+    """Attend from the newest token of every sequence; see `reference.decode`, and beyond it:
 
     Args:
         q: as there, and so on.
@@ -273,23 +318,25 @@ def decode(
         scale: as there.
         routing_query: as there.
         search_keys: as there.
+        turn: as there.
         out: where the result goes, `[B, Hq, Dv]`; None: a new tensor of q's type.
-        config: `split`, the keys of a span that one program reads, `block`, those it reads at once, `warps`, `stages`;
-            None: by what the spans can hold.
+        cut: how work is cut into programs; None: as `cut_for` says.
     """
     sequences, heads, dim = q.shape
     group, value_dim = heads // k.heads, v.dim
     routing = q if routing_query is None else routing_query
     searched = k if search_keys is None else search_keys
+    assert q.stride(-1) == routing.stride(-1) == 1, "channels lie together"
     capacity = k.capacity
     steps = search.steps(capacity, q.device)
     spans = search.spans if steps.numel() else 0
-    config = config or {}
-    block_a = config.get('B_A',64)
-    blocks = max(1, triton.cdiv(steps.numel(), block_a))
+    longest = search.longest(capacity) if spans else 0
+    cut = cut or cut_for(q.dtype, v.kind, max(dim, value_dim), longest)
     dims = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim))}
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     block_g = max(16, triton.next_power_of_2(group))
+
+    blocks = max(1, triton.cdiv(steps.numel(), cut.anchors))
     best = torch.empty(sequences, heads, blocks, max(1, spans), dtype=torch.float32, device=q.device)
     anchor = torch.empty(best.shape, dtype=torch.int32, device=q.device)
     if spans:
@@ -297,14 +344,12 @@ def decode(
         search_newest_kernel[(blocks, k.heads, sequences)](
             routing, rows, table, codes, scales, lengths, steps, best, anchor,
             routing.stride(0), routing.stride(1), *strides, steps.numel(),
-            G=group, B_G=block_g, **dims, B_A=block_a, SPANS=spans,
-            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, num_warps=config.get('warps_a',4),
+            G=group, B_G=block_g, **dims, B_A=cut.anchors, SPANS=spans,
+            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, num_warps=1,
         )  # fmt: skip
-    longest = search.longest(capacity) if spans else 0
-    config = config or _config(q, value_dim, longest)
-    split, block_n = config["split"], config["block"]
-    pieces = max(1, triton.cdiv(longest, split))
-    near = triton.cdiv(min(capacity, search.window + search.sinks), block_n)
+
+    pieces = max(1, triton.cdiv(longest, cut.split))
+    near = triton.cdiv(search.sinks, cut.keys) + triton.cdiv(min(capacity, search.window), cut.keys)
     parts = near + spans * pieces
     part_out = torch.empty(sequences, heads, parts, value_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(sequences, heads, parts, dtype=torch.float32, device=q.device)
@@ -312,30 +357,24 @@ def decode(
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
     v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
     joint = search.gate == "joint"
-    values: dict[str, Any] = {"DV": value_dim, "B_DV": max(16, triton.next_power_of_2(value_dim))}
     parts_kernel[(near * k.heads + heads * spans * pieces, sequences)](
         q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
-        lengths, best, anchor, part_out, part_lse, score,
+        lengths, best, anchor, part_lse if turn is None else turn.per_token, part_out, part_lse, score,
         q.stride(0), q.stride(1), *k_strides, *v_strides,
-        blocks * max(1, spans), search.window, search.sinks, scale * _LOG2E,
-        HEADS=heads, G=group, B_G=block_g, **dims, **values,
-        NEAR=near, PIECES=pieces, SPLIT=split, B_N=block_n,
-        B_C=triton.next_power_of_2(blocks * max(1, spans)),
+        blocks * max(1, spans), search.window, search.sinks, _NEVER if turn is None else turn.trained, scale * _LOG2E,
+        ROTARY=0 if turn is None else 2 * turn.per_token.numel(), HEADS=heads, G=group, B_G=block_g,
+        **dims, DV=value_dim, B_DV=max(16, triton.next_power_of_2(value_dim)),
+        NEAR=near, PIECES=pieces, SPLIT=cut.split, B_N=cut.keys, B_C=triton.next_power_of_2(blocks * max(1, spans)),
         SPANS=spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power, JOINT=joint,
-        KIND=k.kind, SHIFT=k.shift, PRECISION=precision, num_warps=config["warps"], num_stages=config["stages"],
+        K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift, PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
+
     if out is None:
         out = torch.empty(sequences, heads, value_dim, dtype=q.dtype, device=q.device)
-    block_dv, block_p = min(32, values["B_DV"]), triton.next_power_of_2(parts)
-    merge_kernel[(heads, triton.cdiv(value_dim, block_dv), sequences)](
+    channels, block_p = min(32, max(16, triton.next_power_of_2(value_dim))), triton.next_power_of_2(parts)
+    merge_kernel[(heads, triton.cdiv(value_dim, channels), sequences)](
         part_out, part_lse, score, out, out.stride(0), out.stride(1),
         NEAR=near, PIECES=pieces, SPANS=spans, JOINT=joint,
-        DV=value_dim, B_DV=block_dv, B_P=block_p, B_CHUNK=min(256, block_p), num_warps=4,
+        DV=value_dim, B_DV=channels, B_P=block_p, B_CHUNK=min(256, block_p), num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _config(q: Tensor, value_dim: int, longest: int) -> Mapping[str, int]:
-    """Return how spans are split over programs."""
-    wide = max(q.shape[-1], value_dim) > 128 or q.dtype == torch.float32
-    return {"split": 256 if longest < 4096 else 512, "block": 64 if wide else 128, "warps": 4, "stages": 2}

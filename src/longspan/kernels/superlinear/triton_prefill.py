@@ -20,8 +20,8 @@ from longspan.kernels.held import Held
 from longspan.kernels.superlinear.search import Search
 from longspan.kernels.superlinear.triton_search import search_kernel
 
-MOST_SPANS = 4
-"""Spans that the search keeps in registers."""
+
+
 
 
 def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor
         q: unrotated routing queries `[B, Hq, T, D]` of the tokens `first .. first + T - 1`.
         k: unrotated keys of at least `first + T` tokens.
         first: the first query's token.
-        search: with at most `MOST_SPANS` spans.
+        search: with at most four spans, which are kept in registers.
 
     Returns:
         `(scores, lo, hi, order)`: scores float32, first and last keys int32, `[B, Hkv, G, T, S]` (-inf, and lo > hi,
