@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "c
 if DEVICE.type == "cuda":
     SIZES = [(4097, 1, (4, 2)), (397, 3, (3, 1)), (9001, 63, (16, 1)), (4097, 4097, (4, 2)), (70001, 4097, (32, 2))]
 else:
-    SIZES = [(197, 1, (4, 2)), (197, 2, (3, 1)), (131, 19, (16, 1)), (47, 47, (2, 2))]
+    SIZES = [(197, 1, (4, 2)), (131, 18, (16, 1)), (47, 17, (3, 1)), (29, 29, (2, 2))]
 FEW, MANY = (3, 40) if DEVICE.type == "cuda" else (1, 17)
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -113,7 +113,7 @@ def test_pages_in_any_order_and_format(count, kv_format):
 
 @pytest.mark.parametrize("count", [FEW, MANY])
 def test_several_sequences(count):
-    q, k, v = made(300, count, batch=3)
+    q, k, v = made(120, count, batch=3)
     mechanism = Superlinear(window=24)
     out, wanted = both(mechanism, q, TensorKV(k, v))
     torch.testing.assert_close(out, wanted, atol=3e-6, rtol=3e-6)
@@ -121,41 +121,44 @@ def test_several_sequences(count):
     assert torch.equal(out, torch.cat(apart))
 
 
-@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("count", [1, 9])
 def test_what_is_not_read_never_reaches_an_output(count):
-    q, k, v = made(400, count, value_dim=16)
+    q, k, v = made(150, count, value_dim=16)
     mechanism = Superlinear(window=24, backward=0.3, forward=0.2)
     clean = both(mechanism, q, TensorKV(k, v))[0]
-    ones = torch.zeros_like(v)
-    read = torch.stack([both(mechanism, q, TensorKV(k, ones.index_fill(2, torch.tensor([i], device=DEVICE), 1.0)))[0] for i in range(300, 310)])
-    for number, i in enumerate(range(300, 310)):
+    seen = 0
+    for i in (100, 118):
+        one = torch.zeros_like(v)
+        one[:, :, i] = 1.0
+        reads = (ours.attend(mechanism, q, TensorKV(k, one), 0.25, Hints()) != 0).any(-1)
         poisoned = v.clone()
         poisoned[:, :, i] = float("nan")
-        out = both(mechanism, q, TensorKV(k, poisoned))[0]
-        untouched = (read[number] == 0).all(-1)
-        assert torch.equal(out[untouched], clean[untouched])
-        assert out[~untouched].isnan().all()
-    assert (read != 0).any()
+        out = ours.attend(mechanism, q, TensorKV(k, poisoned), 0.25, Hints())
+        assert torch.equal(out[~reads], clean[~reads])
+        assert out[reads].isnan().all()
+        seen += int(reads.sum())
+    assert 0 < seen < 2 * reads.numel()
 
 
 def test_prefill_in_chunks_and_decode_agree():
-    q, k, v = made(330, 60, value_dim=16)
+    q, k, v = made(150, 40, value_dim=16)
     mechanism = Superlinear(window=24)
     scale = 0.25
     whole = ours.attend(mechanism, q, TensorKV(k, v), scale, Hints())
-    for sizes in ([20, 40], [59, 1], [17, 1, 42]):
-        parts, at = [], 270
+    for sizes in ([20, 20], [17, 1, 22]):
+        parts, at = [], 110
         for size in sizes:
             at += size
-            rows = q[:, :, at - 270 - size : at - 270]
+            rows = q[:, :, at - 110 - size : at - 110]
             parts.append(ours.attend(mechanism, rows, TensorKV(k[:, :, :at], v[:, :, :at]), scale, Hints()))
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=2e-6, rtol=2e-6)
 
 
 def test_equal_scores_go_to_the_newer_anchor():
-    q, k, v = made(397, 40, value_dim=16)
-    k = k[:, :, :1].expand_as(k).contiguous()
-    for count in (1, 40):
+    _, k, v = made(197, MANY, value_dim=16)
+    q = torch.randint(-3, 4, (1, 4, MANY, 16), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float32)
+    k = k[:, :, :1].round().expand_as(k).contiguous()  # sums are exact, so that equal means equal
+    for count in (1, MANY):
         out, wanted = both(Superlinear(window=24), q[:, :, :count], TensorKV(k, v))
         torch.testing.assert_close(out, wanted, atol=3e-6, rtol=3e-6)
 

@@ -134,7 +134,7 @@ def _chunk(
         rows.reshape(batch, k.heads, -1, dim), k, v, lo.view(per_head), hi.view(per_head), scale=scale, order=order,
         out_dtype=q.dtype,
     )  # fmt: skip
-    return merge(near, near_lse, outs, lses, scores, joint=search.gate == "joint", dtype=q.dtype)
+    return merge(near, near_lse, outs, lses, scores, joint=search.gate == "joint")
 
 
 def kv_window(rotated: Tensor, kv: LayerKV, first: int, window: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -167,4 +167,4 @@ def _with_sinks(
         rows.reshape(*per_head, dim), k, v, lo, hi.clamp(min=0), scale=scale, out_dtype=q.dtype
     )
     lse = lse.view(near_lse.shape)
-    return merge(near, near_lse, out, lse, lse.unsqueeze(-1), joint=True, dtype=q.dtype), torch.logaddexp(near_lse, lse)
+    return merge(near, near_lse, out, lse, lse.unsqueeze(-1), joint=True), torch.logaddexp(near_lse, lse)

@@ -4,21 +4,19 @@ Neighbouring rows of a tile read nearly the same keys, so a tile is flash attent
 its last: online softmax of FlashAttention-2 (arXiv 2307.08691, algorithm 1). Blocks that every row of the tile reads
 wholly need no mask; only those at the two ends do. Float32 inputs are multiplied as three TF32 products, which keeps
 float32's precision to a few last bits; half types directly. Sums are float32.
-
-A row's result depends on its own span alone: not on the rows that share its tile, nor on the order of rows.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.kernels.held import MIXED, PAGE, PAGES, Held
+from longspan.kernels.engine import can_copy, described
+from longspan.kernels.held import MIXED, PAGE, PAGES, TENSOR, Held
 from longspan.kernels.held_triton import load_rows
 from longspan.kernels.tiles import Tile, hopper, roomy
 
@@ -124,14 +122,15 @@ def _span_attention_kernel(
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, B_DV], tl.float32)
     if start < stop:
-        start = start // BLOCK_N * BLOCK_N  # loads begin at whole blocks
+        if K_KIND + V_KIND > 0:
+            start = start // BLOCK_N * BLOCK_N  # no block crosses the end of a page
         # What every row reads wholly, from the last beginning to the first end, needs no mask.
-        middle = tl.cdiv(tl.max(tl.where(m_some, b_lo, 0), 0), BLOCK_N) * BLOCK_N
-        edge = (tl.min(tl.where(m_some, b_hi, 2147483646), 0) + 1) // BLOCK_N * BLOCK_N
-        if middle >= edge:
-            middle = tl.cdiv(stop, BLOCK_N) * BLOCK_N
-            edge = middle
-        left, whole = (middle - start) // BLOCK_N, (edge - middle) // BLOCK_N
+        left = tl.cdiv(tl.max(tl.where(m_some, b_lo, 0), 0) - start, BLOCK_N)
+        whole = tl.maximum((tl.min(tl.where(m_some, b_hi, 2147483646), 0) + 1 - start) // BLOCK_N - left, 0)
+        if whole == 0:
+            left = tl.cdiv(stop - start, BLOCK_N)
+        middle = start + left * BLOCK_N
+        edge = middle + whole * BLOCK_N
         b_max, b_sum, b_out = _walk(
             b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
             p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
@@ -196,14 +195,12 @@ def span_attention(
         order = torch.argsort(torch.where(lo <= hi, lo, torch.iinfo(lo.dtype).max), dim=-1).view(batch * heads, rows)
         order = order + torch.arange(batch * heads, device=q.device).unsqueeze(1) * rows
     q, lo, hi = q.to(k.rows.dtype).contiguous(), lo.contiguous(), hi.contiguous()
-    tile = tile or forward_tile(q.dtype, max(dim, value_dim), roomy(q.device))
+    tile = tile or forward_tile(q.dtype, max(k.kind, v.kind), max(dim, value_dim), roomy(q.device))
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
     v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
-    if engine is None:
-        engine = hopper(q.device)
-    engine = engine and all(_described(held, tile.keys) for held in (k, v))
+    engine = (hopper(q.device) if engine is None else engine) and all(_can_copy(held, tile.keys) for held in (k, v))
     if engine:
-        k_codes, v_codes = _descriptor(k.rows, k_strides[3], tile.keys), _descriptor(v.rows, v_strides[3], tile.keys)
+        k_codes, v_codes = described(k.rows, tile.keys), described(v.rows, tile.keys)
     _span_attention_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
         q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
         lo, hi, order, out, lse, *k_strides, *v_strides, rows, heads, scale * LOG2_E,
@@ -218,30 +215,20 @@ def span_attention(
     return out, lse
 
 
-def forward_tile(dtype: torch.dtype, dim: int, roomy: bool) -> Tile:
-    """Return the tile for keys of this type and head size, on a chip with much shared memory or with little."""
+def forward_tile(dtype: torch.dtype, kind: int, dim: int, roomy: bool) -> Tile:
+    """Return the tile for keys of this type, kind and head size, on a chip with much shared memory or with little."""
     if dtype == torch.float32:
         return Tile(64, 32, 8, 2) if dim > 128 else Tile(128, 32, 8, 2)
     if dim > 128:
         return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 4, 2)
-    return Tile(128, 64, 8, 3) if roomy else Tile(128, 64, 4, 2)
+    if not roomy:
+        return Tile(128, 64, 4, 2)
+    # Looking pages up holds copies back: two programs beside each other hide that.
+    return Tile(128, 64, 8, 3) if kind == TENSOR else Tile(64, 64, 4, 2)
 
 
-def _described(held: Held, keys: int) -> bool:
+def _can_copy(held: Held, keys: int) -> bool:
     """Return whether the copy engine can bring blocks of `keys` rows."""
-    if held.kind == MIXED or held.rows.element_size() > 2 or held.dim & (held.dim - 1) or held.dim < 16:
+    if held.kind == MIXED or not can_copy(held.rows):
         return False
-    sequence, head, slot, token = held.arguments()[4:8]
-    whole = head % token == 0 and sequence % token == 0 and token * held.rows.element_size() % 16 == 0
-    if held.kind == PAGES:
-        return whole and keys <= PAGE and slot == PAGE * token and held.rows.data_ptr() % 16 == 0
-    return whole and held.rows.data_ptr() % 16 == 0
-
-
-def _descriptor(rows: Tensor, token: int, keys: int) -> Any:
-    """Return keys or values, all heads and sequences, as rows `token` numbers apart, of which `keys` are copied."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    dim = rows.shape[-1]
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape[:-1], rows.stride()[:-1], strict=True)) // token
-    return TensorDescriptor(rows, [reach, dim], [token, 1], [keys, dim])
+    return held.kind != PAGES or (keys <= PAGE and held.rows.stride(1) == PAGE * held.rows.stride(2))

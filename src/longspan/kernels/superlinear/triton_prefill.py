@@ -82,7 +82,7 @@ def _bands(first: int, n: int, rows: int, search: Search) -> int:
 
 @triton.jit
 def merge_kernel(
-    p_near, p_near_lse, p_span, p_span_lse, p_score, p_out, s_near_row,
+    p_near, p_near_lse, p_span, p_span_lse, p_score,
     rows,
     SPANS: tl.constexpr, JOINT: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, B_T: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def merge_kernel(
     m_t = o_t < rows
     m = m_t[:, None] & (o_dv < DV)[None, :]
     b_near_lse = tl.load(p_near_lse + o_t, mask=m_t, other=float("-inf"))
-    b_near = tl.load(p_near + o_t[:, None] * s_near_row + o_dv[None, :], mask=m, other=0.0).to(tl.float32)
+    b_near = tl.load(p_near + o_t[:, None] * DV + o_dv[None, :], mask=m, other=0.0).to(tl.float32)
     if JOINT:
         b_top = b_near_lse
         for j in tl.static_range(SPANS):
@@ -122,34 +122,32 @@ def merge_kernel(
             b_out += (b_gate / (b_w + b_v))[:, None] * (b_w[:, None] * b_x + b_v[:, None] * b_near)
             b_total += b_gate
         b_out = tl.where(m_some[:, None], b_out / b_total[:, None], b_near)
-    tl.store(p_out + o_t[:, None] * DV + o_dv[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_near + o_t[:, None] * DV + o_dv[None, :], b_out.to(p_near.dtype.element_ty), mask=m)
 
 
 def merge(
-    near: Tensor, near_lse: Tensor, spans: Tensor, span_lse: Tensor, scores: Tensor, *, joint: bool, dtype: torch.dtype
+    near: Tensor, near_lse: Tensor, spans: Tensor, span_lse: Tensor, scores: Tensor, *, joint: bool
 ) -> Tensor:
     """Merge the attention to what is near with that to each span.
 
     Args:
-        near: `[B, Hq, T, Dv]`, without gaps.
+        near: `[B, Hq, T, Dv]`, without gaps; the result takes its place.
         near_lse: float32 `[B, Hq, T]`.
         spans: `[B, Hkv, G, T, S, Dv]` or of that many rows, without gaps; 0 for an empty span.
         span_lse: float32, as many; -inf for an empty span.
         scores: float32, as many: search scores, -inf where there is no span.
         joint: whether all keys are in one softmax; else spans are weighed by their scores.
-        dtype: of the result.
 
     Returns:
-        `[B, Hq, T, Dv]`.
+        `near`, with the result.
     """
     batch, heads, count, value_dim = near.shape
     assert near.is_contiguous() and near_lse.is_contiguous() and spans.is_contiguous() and span_lse.is_contiguous()
-    out = torch.empty(batch, heads, count, value_dim, dtype=dtype, device=near.device)
     rows = batch * heads * count
     block = 16
     options: dict[str, Any] = {"DV": value_dim, "B_DV": max(16, triton.next_power_of_2(value_dim)), "B_T": block}
     merge_kernel[(triton.cdiv(rows, block),)](
-        near, near_lse, spans, span_lse, scores, out, value_dim, rows,
+        near, near_lse, spans, span_lse, scores, rows,
         SPANS=scores.shape[-1], JOINT=joint, **options, num_warps=4,
     )  # fmt: skip
-    return out
+    return near
