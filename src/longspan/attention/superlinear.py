@@ -43,6 +43,7 @@ from longspan.kernels.partial_attention import merge_partials
 from longspan.kernels.superlinear import offsets
 from longspan.kv.base import PAGE, LayerKV
 
+
 @dataclass(frozen=True)
 class Superlinear(Mechanism):
     """Reads a window and the spans around the best of O(sqrt(n)) anchors."""

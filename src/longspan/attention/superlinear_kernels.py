@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 STEPS = 16
 """Queries up to which each is a decode step: so few rows lie too far apart to share blocks of keys."""
+CACHE = 25 << 20
+"""Bytes of a GPU's second cache that keys and values can count on: half of an H100's."""
 TOGETHER, MOVED = 32768, 8192
 """Queries that are read together, and where each of their spans needs a rotated row of its own."""
 
@@ -130,9 +132,12 @@ def _chunk(
         each = (hi + search.window).view(batch, heads, count, search.spans)
         rows = kv.queries_at(q.unsqueeze(3).expand(-1, -1, -1, search.spans, -1), each)
     per_head = (batch, k.heads, heads // k.heads * count * search.spans)
+    # Spans of 132 tiles of 128 rows that run at the same time: once they outgrow the cache, tiles must go side by side.
+    apart = 128 * 132 * (first + count) / per_head[2] * (k.dim + v.dim) * k.rows.element_size()
+    beat = search.longest(first + 1) * 15 // 16 if apart > CACHE else 0
     outs, lses = span_attention(
         rows.reshape(batch, k.heads, -1, dim), k, v, lo.view(per_head), hi.view(per_head), scale=scale, order=order,
-        out_dtype=q.dtype,
+        out_dtype=q.dtype, beat=beat,
     )  # fmt: skip
     return merge(near, near_lse, outs, lses, scores, joint=search.gate == "joint")
 
@@ -163,8 +168,6 @@ def _with_sinks(
     per_head = (batch, k.heads, heads // k.heads * count)
     hi = last.to(torch.int32).expand(batch, heads, -1).reshape(per_head)
     lo = torch.where(hi < 0, 1, 0).to(torch.int32)
-    out, lse = span_attention(
-        rows.reshape(*per_head, dim), k, v, lo, hi.clamp(min=0), scale=scale, out_dtype=q.dtype
-    )
+    out, lse = span_attention(rows.reshape(*per_head, dim), k, v, lo, hi.clamp(min=0), scale=scale, out_dtype=q.dtype)
     lse = lse.view(near_lse.shape)
     return merge(near, near_lse, out, lse, lse.unsqueeze(-1), joint=True), torch.logaddexp(near_lse, lse)

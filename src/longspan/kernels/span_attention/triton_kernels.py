@@ -29,24 +29,28 @@ def _walk(
     b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
     p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
     s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-    i_head, start, left, edge, blocks, stop, scale,
+    i_head, start, left, edge, blocks, turn, stop, scale,
     D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr, SPARSE: tl.constexpr, CAREFUL: tl.constexpr,
+    MASKED: tl.constexpr, SPARSE: tl.constexpr, CAREFUL: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of keys into the online softmax: `left` from `start` on, the others from `edge` on.
+
+    Without a mask all are from `start` on, in order but for the first `turn`, which come last.
 
     Where copies are the engine's (TMA), `p_k_codes` and `p_v_codes` describe keys and values as rows one after another,
     and `k_slots`, `v_slots` are this head's first row (of pages: its first slot's).
     """
     o_d, o_dv = tl.arange(0, B_D), tl.arange(0, B_DV)
     for i in tl.range(0, blocks):
-        n = tl.where(i < left, start, edge - left * BLOCK_N) + i * BLOCK_N if MASKED else start + i * BLOCK_N
-        o_n = n + tl.arange(0, BLOCK_N)
-        if SPARSE:
-            touched = tl.max((m_some & (b_lo < n + BLOCK_N) & (b_hi >= n)).to(tl.int32), 0)
+        if MASKED:
+            n = tl.where(i < left, start, edge - left * BLOCK_N) + i * BLOCK_N
+        elif TURNED:
+            n = start + tl.where(i + turn < blocks, i + turn, i + turn - blocks) * BLOCK_N
         else:
-            touched = 1
+            n = start + i * BLOCK_N
+        o_n = n + tl.arange(0, BLOCK_N)
+        touched = tl.max((m_some & (b_lo < n + BLOCK_N) & (b_hi >= n)).to(tl.int32), 0) if SPARSE else 1
         if touched > 0:
             m_n = o_n < stop
             if TMA:
@@ -92,10 +96,11 @@ def _span_attention_kernel(
     p_lo, p_hi, p_order, p_out, p_lse,
     s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
     s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
-    rows, kv_heads, scale,
+    rows, kv_heads, beat, scale,
     D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SHARE: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, SPARSE: tl.constexpr, TMA: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    SPARSE: tl.constexpr, TMA: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_both = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_sequence, i_head = i_both // kv_heads, i_both % kv_heads
@@ -131,19 +136,25 @@ def _span_attention_kernel(
             left = tl.cdiv(stop - start, BLOCK_N)
         middle = start + left * BLOCK_N
         edge = middle + whole * BLOCK_N
+        # Tiles that run at the same time begin their whole blocks near the same multiples of `beat` and go on side by
+        # side, so that a block of keys comes from memory once for all tiles that read it.
+        turn = 0
+        if TURNED:
+            turn = (tl.cdiv(middle, beat) * beat - middle) // BLOCK_N
+            turn = tl.where(turn < whole, turn, 0)
         b_max, b_sum, b_out = _walk(
             b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
             p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
             s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-            i_head, start, left, edge, left + tl.cdiv(tl.maximum(stop - edge, 0), BLOCK_N), stop, scale,
-            D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, True, SPARSE, False,
+            i_head, start, left, edge, left + tl.cdiv(tl.maximum(stop - edge, 0), BLOCK_N), 0, stop, scale,
+            D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, True, SPARSE, False, False,
         )  # fmt: skip
         b_max, b_sum, b_out = _walk(
             b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
             p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
             s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-            i_head, middle, 0, 0, whole, edge, scale,
-            D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, False, False, False,
+            i_head, middle, 0, 0, whole, turn, edge, scale,
+            D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, False, False, False, TURNED,
         )  # fmt: skip
         clean = tl.min(tl.min((tl.abs(b_out) <= float("inf")).to(tl.int32), 1), 0)  # NaN compares false
         if clean == 0:
@@ -155,8 +166,8 @@ def _span_attention_kernel(
                 b_q, b_lo, b_hi, m_some, b_max, b_sum, b_out,
                 p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
                 s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                i_head, start, 0, start, tl.cdiv(stop - start, BLOCK_N), stop, scale,
-                D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, True, SPARSE, True,
+                i_head, start, 0, start, tl.cdiv(stop - start, BLOCK_N), 0, stop, scale,
+                D, DV, B_D, B_DV, BLOCK_N, K_KIND, V_KIND, SHIFT, PRECISION, TMA, True, SPARSE, True, False,
             )  # fmt: skip
     m_none = (b_sum == 0.0) | (m_some == 0)
     b_lse = (b_max + tl.log2(tl.where(m_none, 1.0, b_sum))) * LN_2
@@ -168,7 +179,8 @@ def _span_attention_kernel(
 
 def span_attention(
     q: Tensor, k: Tensor | Held, v: Tensor | Held, lo: Tensor, hi: Tensor, *, scale: float,
-    order: Tensor | None = None, out_dtype: torch.dtype = torch.float32, tile: Tile | None = None, engine: bool | None = None,
+    order: Tensor | None = None, out_dtype: torch.dtype = torch.float32, tile: Tile | None = None,
+    engine: bool | None = None, beat: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend from every row to the keys `lo .. hi`; arguments and results as in the reference, and beyond it:
 
@@ -184,6 +196,8 @@ def span_attention(
         out_dtype: of the outputs.
         tile: how the kernel is cut; None: as `forward_tile` says.
         engine: whether Hopper's copy engine brings blocks of keys (TMA); None: where it can.
+        beat: about as many keys as most spans have, where rows are so few that the spans of tiles that run at the same
+            time are more than a GPU's cache holds; 0: no matter.
     """
     k = k if isinstance(k, Held) else Held(k if k.stride(-1) == 1 else k.contiguous())
     v = v if isinstance(v, Held) else Held(v if v.stride(-1) == 1 else v.contiguous())
@@ -203,13 +217,13 @@ def span_attention(
         k_codes, v_codes = described(k.rows, tile.keys), described(v.rows, tile.keys)
     _span_attention_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
         q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
-        lo, hi, order, out, lse, *k_strides, *v_strides, rows, heads, scale * LOG2_E,
+        lo, hi, order, out, lse, *k_strides, *v_strides, rows, heads, beat or 1, scale * LOG2_E,
         D=dim, DV=value_dim,
         B_D=max(16, triton.next_power_of_2(dim)), B_DV=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_R=tile.rows, BLOCK_N=tile.keys, SHARE=rows // q.shape[2], K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
         # Few rows lie far apart: blocks that none of them reads are then passed over.
-        SPARSE=rows // tile.rows * 8192 < k.capacity, TMA=engine,
+        SPARSE=rows // tile.rows * 8192 < k.capacity, TMA=engine, TURNED=beat > 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

@@ -41,9 +41,12 @@ def decode(
     routing_query: Tensor | None = None, search_keys: Held | None = None, turn: Turn | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend from the newest token of every sequence; see `reference.decode`. The result has q's type."""
-    more = {"routing_query": routing_query, "search_keys": search_keys, "turn": turn}
     if serves(q, k, v, search):
         from longspan.kernels.superlinear import triton_decode
 
-        return triton_decode.decode(q, k, v, lengths, search, scale=scale, **more)
-    return reference.decode(q, k, v, lengths, search, scale=scale, **more).to(q.dtype)
+        return triton_decode.decode(
+            q, k, v, lengths, search, scale=scale, routing_query=routing_query, search_keys=search_keys, turn=turn
+        )
+    return reference.decode(
+        q, k, v, lengths, search, scale=scale, routing_query=routing_query, search_keys=search_keys, turn=turn
+    ).to(q.dtype)

@@ -19,11 +19,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longspan.kernels.held import MIXED, Held
 from longspan.kernels.held_triton import load_rows
 from longspan.kernels.superlinear.search import Search, Turn
 from longspan.kernels.superlinear.triton_search import reach_of, search_newest_kernel
+from longspan.kernels.tiles import hopper
 
 _LOG2E = 1.4426950408889634
 _NEVER = 2**31 - 1
@@ -44,7 +46,7 @@ class Cut:
 def cut_for(dtype: torch.dtype, kind: int, dim: int, longest: int) -> Cut:
     """Return the cut for a type, what holds it, a head size, and spans of up to `longest` keys (as Hopper likes it)."""
     keys = 64 if dim > 128 or dtype == torch.float32 or kind == MIXED else 128
-    return Cut(256 if longest < 1500 else 512 if longest < 8000 else 1024, keys)
+    return Cut(256 if longest < 1500 else 512 if longest < 3000 else 1024, keys)
 
 
 @triton.jit
@@ -72,8 +74,9 @@ def _near_piece(
     p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
     s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
     p_freq, n, i_head, i_piece, window, sinks, trained, scale,
-    ROTARY: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
-    PARTS: tl.constexpr, B_N: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    ROTARY: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
+    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, PARTS: tl.constexpr, B_N: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to a piece of what is near, sinks and then the window, with all query heads of a KV head at once."""
     o_g, o_d, o_dv = tl.arange(0, B_G), tl.arange(0, B_D), tl.arange(0, B_DV)
@@ -201,9 +204,11 @@ def parts_kernel(
     D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
     NEAR: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, B_N: tl.constexpr, B_C: tl.constexpr,
     SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece: outputs `[B, Hq, NEAR + SPANS * PIECES, Dv]`, log-sum-exps in base 2, search scores."""
+    if EARLY:
+        gdc_launch_dependents()
     i_part, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tl.load(p_lengths + i_sequence).to(tl.int32)
     kv_heads: tl.constexpr = HEADS // G
@@ -227,6 +232,8 @@ def parts_kernel(
         i_piece, i_row = i_rest // (HEADS * SPANS), i_rest % (HEADS * SPANS)
         mine, head = i_row % SPANS, (i_row // SPANS).to(tl.int64)
         row = i_sequence * HEADS + head
+        if EARLY:
+            gdc_wait()  # for the search; what is near does not need it
         score, start, hi = _span_of(
             p_best + row * candidates, p_anchor + row * candidates, n, candidates, mine, window, sinks,
             B_C, SPANS, BACKWARD, FORWARD, SPAN_POWER, JOINT,
@@ -253,8 +260,11 @@ def merge_kernel(
     p_parts, p_lse, p_score, p_out, s_out_sequence, s_out_head,
     NEAR: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr, JOINT: tl.constexpr,
     DV: tl.constexpr, B_DV: tl.constexpr, B_P: tl.constexpr, B_CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge the pieces of one query head, B_DV channels a program."""
+    if EARLY:
+        gdc_wait()
     i_head, i_channels, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = NEAR + SPANS * PIECES
     row = i_sequence * tl.num_programs(0) + i_head
@@ -305,7 +315,7 @@ def merge_kernel(
 def decode(
     q: Tensor, k: Held, v: Held, lengths: Tensor, search: Search, *, scale: float,
     routing_query: Tensor | None = None, search_keys: Held | None = None, turn: Turn | None = None,
-    out: Tensor | None = None, cut: Cut | None = None,
+    out: Tensor | None = None, cut: Cut | None = None, early: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend from the newest token of every sequence; see `reference.decode`, and beyond it:
 
@@ -321,6 +331,8 @@ def decode(
         turn: as there.
         out: where the result goes, `[B, Hq, Dv]`; None: a new tensor of q's type.
         cut: how work is cut into programs; None: as `cut_for` says.
+        early: whether a kernel's programs may start before the last of the kernel before it have ended, and wait for
+            them where they need to (programmatic dependent launch); None: on Hopper.
     """
     sequences, heads, dim = q.shape
     group, value_dim = heads // k.heads, v.dim
@@ -331,6 +343,7 @@ def decode(
     steps = search.steps(capacity, q.device)
     spans = search.spans if steps.numel() else 0
     longest = search.longest(capacity) if spans else 0
+    early = hopper(q.device) if early is None else early
     cut = cut or cut_for(q.dtype, v.kind, max(dim, value_dim), longest)
     dims = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim))}
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
@@ -345,7 +358,7 @@ def decode(
             routing, rows, table, codes, scales, lengths, steps, best, anchor,
             routing.stride(0), routing.stride(1), *strides, steps.numel(),
             G=group, B_G=block_g, **dims, B_A=cut.anchors, SPANS=spans,
-            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, num_warps=1,
+            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, EARLY=early, num_warps=1,
         )  # fmt: skip
 
     pieces = max(1, triton.cdiv(longest, cut.split))
@@ -366,7 +379,8 @@ def decode(
         **dims, DV=value_dim, B_DV=max(16, triton.next_power_of_2(value_dim)),
         NEAR=near, PIECES=pieces, SPLIT=cut.split, B_N=cut.keys, B_C=triton.next_power_of_2(blocks * max(1, spans)),
         SPANS=spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power, JOINT=joint,
-        K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift, PRECISION=precision, num_warps=4, num_stages=1,
+        K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift, PRECISION=precision,
+        EARLY=early, num_warps=4, num_stages=1, **({"launch_pdl": True} if early and spans else {}),
     )  # fmt: skip
 
     if out is None:
@@ -375,6 +389,7 @@ def decode(
     merge_kernel[(heads, triton.cdiv(value_dim, channels), sequences)](
         part_out, part_lse, score, out, out.stride(0), out.stride(1),
         NEAR=near, PIECES=pieces, SPANS=spans, JOINT=joint,
-        DV=value_dim, B_DV=channels, B_P=block_p, B_CHUNK=min(256, block_p), num_warps=4,
+        DV=value_dim, B_DV=channels, B_P=block_p, B_CHUNK=min(256, block_p),
+        EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

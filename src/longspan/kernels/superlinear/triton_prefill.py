@@ -21,9 +21,6 @@ from longspan.kernels.superlinear.search import Search
 from longspan.kernels.superlinear.triton_search import search_kernel
 
 
-
-
-
 def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the spans of every query.
 
@@ -46,14 +43,18 @@ def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor
     counts = torch.searchsorted(steps, at, right=True, out_int32=True)
     shape = (batch, k.heads, group, count, search.spans)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    lo, hi = torch.empty(shape, dtype=torch.int32, device=q.device), torch.empty(shape, dtype=torch.int32, device=q.device)
+    lo, hi = (
+        torch.empty(shape, dtype=torch.int32, device=q.device),
+        torch.empty(shape, dtype=torch.int32, device=q.device),
+    )
     bands = _bands(first, n, group * search.spans, search)
     narrow = batch * k.heads * (bands + 2) * (n + 1) < 2**31
     keys = torch.empty(shape, dtype=torch.int32 if narrow else torch.int64, device=q.device)
     rows, table, codes, scales, *strides = k.arguments()
     search_kernel[(count, k.heads, batch)](
         q, rows, table, codes, scales, steps, counts, scores, lo, hi, keys,
-        q.stride(0), q.stride(1), q.stride(2), *strides, first, search.window, search.sinks, n + 1, triton.cdiv(count, bands),
+        q.stride(0), q.stride(1), q.stride(2), *strides,
+        first, search.window, search.sinks, n + 1, triton.cdiv(count, bands),
         G=group, B_G=max(16, triton.next_power_of_2(group)), D=dim, B_D=max(16, triton.next_power_of_2(dim)), B_A=64,
         SPANS=search.spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power,
         JOINT=search.gate == "joint", KIND=k.kind, SHIFT=k.shift,
@@ -125,9 +126,7 @@ def merge_kernel(
     tl.store(p_near + o_t[:, None] * DV + o_dv[None, :], b_out.to(p_near.dtype.element_ty), mask=m)
 
 
-def merge(
-    near: Tensor, near_lse: Tensor, spans: Tensor, span_lse: Tensor, scores: Tensor, *, joint: bool
-) -> Tensor:
+def merge(near: Tensor, near_lse: Tensor, spans: Tensor, span_lse: Tensor, scores: Tensor, *, joint: bool) -> Tensor:
     """Merge the attention to what is near with that to each span.
 
     Args:

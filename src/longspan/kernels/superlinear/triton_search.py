@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from longspan.kernels.held_triton import load_rows
 
@@ -17,10 +18,7 @@ from longspan.kernels.held_triton import load_rows
 def reach_of(n, FACTOR: tl.constexpr, SPAN_POWER: tl.constexpr):
     """Return `ceil(FACTOR * n^SPAN_POWER)` in float64, as the reference computes it."""
     wide = n.to(tl.float64)
-    if SPAN_POWER == 0.5:
-        length = tl.sqrt(wide)
-    else:
-        length = tl.exp2(tl.log2(wide) * SPAN_POWER)
+    length = tl.sqrt(wide) if SPAN_POWER == 0.5 else tl.exp2(tl.log2(wide) * SPAN_POWER)
     return tl.ceil(length * FACTOR).to(tl.int32)
 
 
@@ -38,9 +36,11 @@ def search_newest_kernel(
     s_q_sequence, s_q_head, s_sequence, s_head, s_slot, s_token, s_table, slots,
     steps,
     G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, B_A: tl.constexpr,
-    SPANS: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    SPANS: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Find the best anchors of the newest query within one block of anchors: `[B, Hq, blocks, SPANS]`."""
+    if EARLY:
+        gdc_launch_dependents()
     i_block, i_head, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = tl.load(p_lengths + i_sequence).to(tl.int32)
     o_g, o_d, o_a = tl.arange(0, B_G), tl.arange(0, B_D), i_block * B_A + tl.arange(0, B_A)
@@ -93,9 +93,10 @@ def search_kernel(
     """Find the spans of one query for the heads of one KV head.
 
     Scores, first and last keys `[B, Hkv, G, T, SPANS]`, and keys that sort these rows: by KV head, then by bands, then
-    by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one another; rows that
-    were cut short are a band of their own, and empty ones come last. Every second band runs backwards: a tile with rows
-    of two bands would otherwise reach from one end of the context to the other.
+    by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one another. Rows that
+    were cut short are a band of their own, the first: they are few, their tiles wide, and what takes longest must not
+    begin last. Empty rows come last. Every second band runs backwards: a tile with rows of two bands would otherwise
+    reach from one end of the context to the other.
     """
     i_t, i_head, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     count, heads = tl.num_programs(0), tl.num_programs(1)
@@ -179,7 +180,7 @@ def search_kernel(
             if j != 3 and SPANS > 3:
                 cut = tl.maximum(cut, _cut(lo, hi, lo3, hi3, j > 3))
         bands = tl.cdiv(count, band)
-        i_band = tl.where(cut > hi, bands + 1, tl.where((hi - cut) * 4 < full * 3, bands, i_t // band))
+        i_band = tl.where(cut > hi, bands + 1, tl.where((hi - cut) * 4 < full * 3, 0, i_t // band + 1))
         place = tl.minimum(cut, stride - 1)
         place = tl.where(i_band % 2 == 1, stride - 1 - place, place)
         tl.store(p_lo + row * SPANS + j, cut, mask=o_g < G)

@@ -30,7 +30,7 @@ def forward_tile(dtype: torch.dtype, dim: int, roomy: bool) -> Tile:
     if dim > 128:
         return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 8, 2)
     if dim > 64:
-        return Tile(128, 128, 8, 2) if roomy else Tile(128, 64, 8, 2)
+        return Tile(128, 64, 8, 3) if roomy else Tile(128, 64, 8, 2)
     return Tile(128, 128, 8, 3) if roomy else Tile(128, 64, 4, 3)
 
 
