@@ -141,9 +141,11 @@ def test_only_wanted_gradients_are_for_the_kernels():
 def test_kernels_serve(monkeypatch, case, queries, keys):
     """The whole pass by the kernels, on a GPU or in Triton's interpreter."""
     pytest.importorskip("triton")
-    from longspan.kernels import anchor_scores, span_attention, window_attention
+    from longspan.kernels import anchor_scores, span_attention, superlinear, window_attention
 
     if not CUDA:
+        if make("superlinear", **{**OPTIONS, **case}).spans <= superlinear.MOST_SPANS:
+            monkeypatch.setattr(superlinear, "serves", lambda *_: True)
         for room in (span_attention, anchor_scores):
             monkeypatch.setattr(room, "serves", lambda q: True)
         monkeypatch.setattr(window_attention, "serves", lambda q, v: True)

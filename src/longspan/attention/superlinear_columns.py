@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longspan.attention import superlinear_kernels
 from longspan.attention.spans import disjoint
+from longspan.kernels import superlinear as kernels
 from longspan.kernels.span_attention.order import bands
 from longspan.kv.base import LayerKV
 
@@ -33,6 +35,7 @@ class Columns:
         bands: into how many bands kernels best cut the queries (`kernels/span_attention/order.py`).
         scores: float32 `[B, Hq, T, S]`, search scores, -inf where there is no span; None: all columns are one softmax.
         anchors: integers `[B, Hq, T, S]`, with the scores; 0 where there is no span.
+        order: the rows of the spans as `kernels/span_attention` takes them; None: not known.
     """
 
     lo: Tensor
@@ -42,6 +45,7 @@ class Columns:
     bands: int
     scores: Tensor | None = None
     anchors: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, mechanism: Superlinear, routing: Tensor, kv: LayerKV) -> Columns:
@@ -56,9 +60,9 @@ class Columns:
             hi.append((at - window).clamp(max=mechanism.sinks - 1))
         near = len(lo)
         found = _found(mechanism, routing, kv, first)
-        scores = anchors = None
+        scores = anchors = order = None
         if found is not None:
-            scores, span_lo, span_hi, anchors = found
+            scores, span_lo, span_hi, anchors, order = found
             lo.append(span_lo)
             hi.append(span_hi)
             if mechanism.gate == "joint":
@@ -68,16 +72,26 @@ class Columns:
             for reach in (float(n) ** mechanism.span_power for n in (kv.length, first + 1))
         ]
         cut = bands(first, count, heads // kv.keys(0, 0).shape[1], *lengths)
-        return cls(torch.cat(lo, -1), torch.cat(hi, -1), near, window, cut, scores, anchors)
+        return cls(torch.cat(lo, -1), torch.cat(hi, -1), near, window, cut, scores, anchors, order)
 
 
-def _found(
-    mechanism: Superlinear, routing: Tensor, kv: LayerKV, first: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return scores, first and last keys, and anchors; None where no query has an anchor.
+_Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _found(mechanism: Superlinear, routing: Tensor, kv: LayerKV, first: int) -> _Found | None:
+    """Return scores, first and last keys, anchors, and the rows' order; None where no query has an anchor.
 
     Sinks are read already, and with `gate=joint` no key is in two spans.
     """
+    k, v, search = kv.held("k"), kv.held("v"), superlinear_kernels.search_of(mechanism)
+    if mechanism.summary == "key" and k is not None and v is not None and kernels.serves(routing, k, v, search):
+        if not search.spans or not search.steps(kv.length, routing.device).numel():
+            return None
+        from longspan.kernels.superlinear.triton_prefill import search_spans
+
+        anchors = torch.empty(*routing.shape[:3], search.spans, dtype=torch.int32, device=routing.device)
+        scores, lo, hi, order = search_spans(routing.to(k.rows.dtype), k, first, search, anchors)
+        return scores.view(anchors.shape), lo.view(anchors.shape), hi.view(anchors.shape), anchors, order
     found = _plainly_found(mechanism, routing, kv, first)
     if found is None:
         return None
@@ -85,7 +99,7 @@ def _found(
     lo = lo.clamp(min=mechanism.sinks)
     if mechanism.gate == "joint":
         lo, hi, anchors = disjoint(lo, hi, anchors)
-    return scores, lo.int(), hi.int(), anchors
+    return scores, lo.int(), hi.int(), anchors, None
 
 
 def _plainly_found(

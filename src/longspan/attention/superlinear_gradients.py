@@ -193,7 +193,7 @@ def _attend_columns(
     kind = q.dtype if kernels_serve(q) else torch.promote_types(q.dtype, torch.float32)
     out, lse = window_attention(q, k, v, window=columns.window, scale=scale, out_dtype=kind)
     outs, lses = [out.unsqueeze(-2)], [lse.unsqueeze(-1)]
-    for some in (slice(1, columns.near), slice(columns.near, None)):
+    for some, order in ((slice(1, columns.near), None), (slice(columns.near, None), columns.order)):
         lo, hi = columns.lo[..., some], columns.hi[..., some]
         if not lo.shape[-1]:
             continue
@@ -205,6 +205,7 @@ def _attend_columns(
             lo.reshape(per_head),
             hi.reshape(per_head),
             scale=scale,
+            order=order,
             out_dtype=kind,
         )
         outs.append(out.view(*lo.shape, -1))
@@ -213,10 +214,19 @@ def _attend_columns(
 
 
 def _merged(outs: list[Tensor], lses: list[Tensor], columns: Columns) -> Tensor:
-    """Return the output `[B, Hq, T, Dv]` from those of the columns."""
-    parts = _Gate.of(torch.cat(lses, -1), columns.scores).parts
-    out = torch.zeros(*parts.shape[:-1], outs[0].shape[-1], dtype=parts.dtype, device=parts.device)
-    columns_outs = (one for some in outs for one in some.unbind(-2))
-    for part, one in zip(parts.unbind(-1), columns_outs, strict=True):
-        out += part.unsqueeze(-1) * one
-    return out
+    """Return the output `[B, Hq, T, Dv]` from those of the columns; it may lie where the window's lay."""
+    if not kernels_serve(outs[0]):
+        parts = _Gate.of(torch.cat(lses, -1), columns.scores).parts
+        return (parts.unsqueeze(-1) * torch.cat(outs, -2)).sum(-2)
+    from longspan.kernels.superlinear.triton_prefill import merge
+
+    near, near_lse = outs[0].squeeze(-2), lses[0].squeeze(-1)
+    if columns.scores is not None:
+        near = near.clone()  # a merge takes its place, and the columns' outputs are kept
+    if columns.near > 1:
+        near = merge(near, near_lse, outs[1], lses[1], lses[1], joint=True)
+        near_lse = torch.logaddexp(near_lse, lses[1].squeeze(-1))
+    if len(outs) == columns.near:
+        return near
+    scores = lses[-1] if columns.scores is None else columns.scores
+    return merge(near, near_lse, outs[-1], lses[-1], scores, joint=columns.scores is None)

@@ -28,15 +28,18 @@ def span_attention(
     hi: Tensor,
     *,
     scale: float,
+    order: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend from every row to its span with the fastest version that serves; see `reference.span_attention`."""
+    """Attend from every row to its span with the fastest version that serves; see `reference.span_attention`.
+
+    `order` saves that version the sorting of rows, where it is known already (`triton_kernels.span_attention`).
+    """
     if serves(q) and not q.requires_grad:
         from longspan.kernels.span_attention import triton_kernels
 
-        rows = q.repeat_interleave(lo.shape[2] // q.shape[2], 2)
-        out, lse = triton_kernels.span_attention(rows, k, v, lo.long(), hi.long(), scale=scale)
-        return (out if out_dtype is None else out.to(out_dtype)), lse
+        kind = out_dtype or torch.float32
+        return triton_kernels.span_attention(q, k, v, lo, hi, scale=scale, order=order, out_dtype=kind)
     return reference.span_attention(q, k, v, lo, hi, scale=scale, out_dtype=out_dtype)
 
 

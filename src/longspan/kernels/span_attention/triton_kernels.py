@@ -232,11 +232,11 @@ def span_attention(
 def forward_tile(dtype: torch.dtype, kind: int, dim: int, roomy: bool) -> Tile:
     """Return the tile for keys of this type, kind and head size, on a chip with much shared memory or with little."""
     if dtype == torch.float32:
-        return Tile(64, 32, 8, 2) if dim > 128 else Tile(128, 32, 8, 2)
+        return Tile(16, 16, 4, 1) if dim > 128 else Tile(32, 16, 4, 2)
     if dim > 128:
-        return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 4, 2)
+        return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 8, 2)
     if not roomy:
-        return Tile(128, 64, 4, 2)
+        return Tile(64, 64, 4, 2)
     # Looking pages up holds copies back: two programs beside each other hide that.
     return Tile(128, 64, 8, 3) if kind == TENSOR else Tile(64, 64, 4, 2)
 

@@ -21,7 +21,9 @@ from longspan.kernels.superlinear.search import Search
 from longspan.kernels.superlinear.triton_search import search_kernel
 
 
-def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search_spans(
+    q: Tensor, k: Held, first: int, search: Search, anchors: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the spans of every query.
 
     Args:
@@ -29,6 +31,8 @@ def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor
         k: unrotated keys of at least `first + T` tokens.
         first: the first query's token.
         search: with at most four spans, which are kept in registers.
+        anchors: int32 `[B, Hkv, G, T, S]` or of that many, without gaps, where the spans' anchors are written (0 where
+            there is no span); None: they are not wanted.
 
     Returns:
         `(scores, lo, hi, order)`: scores float32, first and last keys int32, `[B, Hkv, G, T, S]` (-inf, and lo > hi,
@@ -53,12 +57,14 @@ def search_spans(q: Tensor, k: Held, first: int, search: Search) -> tuple[Tensor
     rows, table, codes, scales, *strides = k.arguments()
     search_kernel[(count, k.heads, batch)](
         q, rows, table, codes, scales, steps, counts, scores, lo, hi, keys,
+        lo if anchors is None else anchors,
         q.stride(0), q.stride(1), q.stride(2), *strides,
         first, search.window, search.sinks, n + 1, triton.cdiv(count, bands),
         G=group, B_G=max(16, triton.next_power_of_2(group)), D=dim, B_D=max(16, triton.next_power_of_2(dim)), B_A=64,
         SPANS=search.spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power,
         JOINT=search.gate == "joint", KIND=k.kind, SHIFT=k.shift,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", ANCHORS=anchors is not None,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     order = torch.sort(keys.flatten()).indices.view(batch * k.heads, -1)
     return scores, lo, hi, order

@@ -83,17 +83,17 @@ def _cut(lo_j, hi_j, lo_k, hi_k, FIRST: tl.constexpr):
 
 @triton.jit
 def search_kernel(
-    p_q, p_rows, p_table, p_codes, p_scales, p_steps, p_counts, p_score, p_lo, p_hi, p_key,
+    p_q, p_rows, p_table, p_codes, p_scales, p_steps, p_counts, p_score, p_lo, p_hi, p_key, p_anchor,
     s_q_sequence, s_q_head, s_q_token, s_sequence, s_head, s_slot, s_token, s_table, slots,
     first, window, sinks, stride, band,
     G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, B_A: tl.constexpr,
     SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
-    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Find the spans of one query for the heads of one KV head.
 
-    Scores, first and last keys `[B, Hkv, G, T, SPANS]`, and keys that sort these rows: by KV head, then by bands, then
-    by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one another. Rows that
+    Scores, first and last keys `[B, Hkv, G, T, SPANS]`, anchors (ANCHORS), and keys that sort these rows: by KV head,
+    then by bands, then by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one another. Rows that
     were cut short are a band of their own, the first: they are few, their tiles wide, and what takes longest must not
     begin last. Empty rows come last. Every second band runs backwards: a tile with rows of two bands would otherwise
     reach from one end of the context to the other.
@@ -150,6 +150,8 @@ def search_kernel(
         lo = tl.where(some, tl.maximum(tl.maximum(anchor - reach_back, 0), sinks), 0)
         hi = tl.where(some, tl.minimum(anchor + reach_on, last), -1)
         tl.store(p_score + row * SPANS + j, tl.where(some, best, float("-inf")), mask=o_g < G)
+        if ANCHORS:
+            tl.store(p_anchor + row * SPANS + j, tl.where(some, anchor, 0), mask=o_g < G)
         if j == 0:
             lo0, hi0 = lo, hi
         elif j == 1:
