@@ -93,10 +93,10 @@ def search_kernel(
     """Find the spans of one query for the heads of one KV head.
 
     Scores, first and last keys `[B, Hkv, G, T, SPANS]`, anchors (ANCHORS), and keys that sort these rows: by KV head,
-    then by bands, then by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one another. Rows that
-    were cut short are a band of their own, the first: they are few, their tiles wide, and what takes longest must not
-    begin last. Empty rows come last. Every second band runs backwards: a tile with rows of two bands would otherwise
-    reach from one end of the context to the other.
+    then by bands, then by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one
+    another. Rows that were cut short are a band of their own, the first: they are few, their tiles wide, and what takes
+    longest must not begin last. Empty rows come last. Every second band runs backwards: a tile with rows of two bands
+    would otherwise reach from one end of the context to the other.
     """
     i_t, i_head, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     count, heads = tl.num_programs(0), tl.num_programs(1)
