@@ -83,7 +83,7 @@ class Ours(Side):
 
     def graphs(self, device: torch.device) -> bool:
         """See `Side`."""
-        return device.type == "cuda" and isinstance(self.truth, Superlinear)
+        return device.type == "cuda" and isinstance(self.truth, Superlinear) and self.truth.summary == "key"
 
     def decode(self, inputs: Inputs) -> Call:
         """See `Side`: on a GPU from pages behind a page table, with the context's length on the device."""

@@ -209,7 +209,8 @@ def span_attention(
         order = torch.argsort(torch.where(lo <= hi, lo, torch.iinfo(lo.dtype).max), dim=-1).view(batch * heads, rows)
         order = order + torch.arange(batch * heads, device=q.device).unsqueeze(1) * rows
     q, lo, hi = q.to(k.rows.dtype).contiguous(), lo.contiguous(), hi.contiguous()
-    tile = tile or forward_tile(q.dtype, max(k.kind, v.kind), max(dim, value_dim), roomy(q.device))
+    few = beat > 0 or max(k.kind, v.kind) != TENSOR
+    tile = tile or forward_tile(q.dtype, max(dim, value_dim), roomy(q.device), few)
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
     v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
     engine = (hopper(q.device) if engine is None else engine) and all(_can_copy(held, tile.keys) for held in (k, v))
@@ -229,16 +230,21 @@ def span_attention(
     return out, lse
 
 
-def forward_tile(dtype: torch.dtype, kind: int, dim: int, roomy: bool) -> Tile:
-    """Return the tile for keys of this type, kind and head size, on a chip with much shared memory or with little."""
+def forward_tile(dtype: torch.dtype, dim: int, roomy: bool, few: bool = False) -> Tile:
+    """Return the tile for keys of this type and head size.
+
+    Args:
+        dtype: of keys and values.
+        dim: head size.
+        roomy: whether the chip has much shared memory, or little.
+        few: whether two small programs beside each other serve better than one: where pages are looked up, which holds
+            copies back, and where rows are so few that a tile of twice the rows reads keys that few of them want.
+    """
     if dtype == torch.float32:
         return Tile(16, 16, 4, 1) if dim > 128 else Tile(32, 16, 4, 2)
     if dim > 128:
         return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 8, 2)
-    if not roomy:
-        return Tile(64, 64, 4, 2)
-    # Looking pages up holds copies back: two programs beside each other hide that.
-    return Tile(128, 64, 8, 3) if kind == TENSOR else Tile(64, 64, 4, 2)
+    return Tile(128, 64, 8, 3) if roomy and not few else Tile(64, 64, 4, 2)
 
 
 def _can_copy(held: Held, keys: int) -> bool:
