@@ -413,7 +413,7 @@ def test_no_order_of_operations_leaks_or_spoils_a_page_in_tiers(machine, tmp_pat
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
     assert not list(tmp_path.iterdir()), "files have no name"
