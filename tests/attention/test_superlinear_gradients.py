@@ -176,5 +176,8 @@ def test_a_gpu_agrees_with_autograd_in_float64(gate, dtype, tolerance, queries, 
     wanted = gradients(attend(*exactly[:3], mechanism, routing_query=exactly[3]), exactly, do.double().cuda())
     # A choice between two nearly equal spans may fall either way: its query's gradients are another's.
     for one, other in zip(found, wanted, strict=True):
+        if not other.any():  # one softmax over everything: searches have no gradients
+            assert gate == "joint" and not one.any()
+            continue
         error = (one.double() - other).norm(dim=-1) / other.norm(dim=-1).mean()
         assert error.median() < tolerance and (error < 10 * tolerance).double().mean() > 0.98

@@ -29,7 +29,8 @@ SIZES = [
     (1, 1, 1, 63, 63, 16, 16, 1),
 ]
 HALVES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter's bfloat16 dot is wrong
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Three TF32 products keep a few bits less than float32's: on an H100 1.2e-5 was the most among these sizes.
+TOLERANCE = {torch.float32: 2e-5 if DEVICE == "cuda" else 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Greatest error over the greatest gradient of the kind; weights and their gradients are rounded to the type."""
 if CUDA:
     SIZES += [

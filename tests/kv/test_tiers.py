@@ -176,6 +176,13 @@ time.sleep(60)
     assert not list(tmp_path.iterdir())
 
 
+def back(kv, wanted):
+    """Codes come back bit by bit; a GPU's products that turn keys back round by how many there are at once."""
+    exact = kv.pool.format.name == "fp32"
+    for found, was in zip((kv.keys(0, 6400), kv.values(0, 6400)), wanted, strict=True):
+        torch.testing.assert_close(found, was, atol=0 if exact else 1e-5, rtol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("made", ["fp32", "int4:residual=0,sinks=0"])
 def test_a_gpus_pages_come_back_through_pinned_memory(tmp_path, made):
@@ -190,7 +197,7 @@ def test_a_gpus_pages_come_back_through_pinned_memory(tmp_path, made):
     assert tiers.used(HOST) and tiers.used(DISK)
     for _ in range(5):
         kv.prefetch(range(90))
-        assert torch.equal(kv.keys(0, 6400), wanted[0]) and torch.equal(kv.values(0, 6400), wanted[1])
+        back(kv, wanted)
     kv.promote(range(90))
-    assert torch.equal(kv.keys(0, 6400), wanted[0]) and torch.equal(kv.values(0, 6400), wanted[1])
+    back(kv, wanted)
     tiers.prefetcher.close()

@@ -170,10 +170,10 @@ class Cudnn(Sdpa):
             if not first:
                 return near
             far, far_lse = _cudnn(inputs.q, *past, causal=False)
-            own_share = torch.sigmoid(
-                near_lse - far_lse
-            )  # in float32: a chunk's first queries have few keys of their own
-            return (near.float().mul_(own_share)).addcmul_(far.float(), 1 - own_share).to(near.dtype)
+            # In float32 at least: a chunk's first queries have few keys of their own, whose values are large.
+            wide = torch.promote_types(near.dtype, torch.float32)
+            own_share = torch.sigmoid(near_lse - far_lse).to(wide)
+            return near.to(wide).mul_(own_share).addcmul_(far.to(wide), 1 - own_share).to(near.dtype)
 
         return call
 
