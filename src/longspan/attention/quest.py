@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from longspan.attention.choosing import Choosing
@@ -43,12 +44,11 @@ class Quest(Choosing):
     def scores(self, q: Tensor, kv: LayerKV, first: int, blocks: int, scale: float) -> Tensor:
         """See `Choosing.scores`."""
         batch, heads, count, dim = q.shape
-        ending = ""
-        if kv.rotary is not None and reads_own_positions(kv, first + count):
-            ending, q = "_rotated", kv.rotary.range(q, first)
-        lowest = kv.summary("lowest" + ending, self.block)[:, :, :blocks].to(q.dtype)
-        highest = kv.summary("highest" + ending, self.block)[:, :, :blocks].to(q.dtype)
+        rotated = kv.rotary is not None and reads_own_positions(kv, first + count)
+        if kv.rotary is not None and rotated:
+            q = kv.rotary.range(q, first)
+        extremes = kv.bounds(self.block, rotated=rotated)[:, :, :blocks]
         # A positive channel of the query meets the greatest key, a negative one the least.
-        grouped = q.reshape(batch, lowest.shape[1], -1, dim) * scale
-        bounds = grouped.clamp(min=0) @ highest.mT + grouped.clamp(max=0) @ lowest.mT
-        return bounds.view(batch, heads, count, blocks)
+        grouped = q.reshape(batch, extremes.shape[1], -1, dim) * scale
+        signed = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], -1)
+        return (signed @ extremes.to(q.dtype).mT).view(batch, heads, count, blocks)

@@ -49,9 +49,9 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise float32 `[1, n]`."""
-        flat = x.view(-1)
+        flat = x[0]
         # A number, not a tensor: two operations that take it are cheaper than five on tensors.
-        scale = (float(torch.dot(flat, flat)) / len(flat) + self.eps) ** -0.5
+        scale = (float(torch.dot(flat, flat)) / x.shape[1] + self.eps) ** -0.5
         return (x * self.weight).mul_(scale)
 
     def heads(self, x: Tensor) -> Tensor:

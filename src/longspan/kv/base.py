@@ -113,6 +113,16 @@ class LayerKV(ABC):
         """Return the unrotated keys `k` or the values `v` as kernels read them, where they lie; None: they can't."""
         return None
 
+    def bounds(self, block: int, *, rotated: bool) -> Tensor:
+        """Greatest and least key of every full block, a channel, side by side: `[B, Hkv, N // block, 2 D]`.
+
+        Args:
+            block: tokens in a block, a multiple of `BLOCK`.
+            rotated: whether they are of keys rotated to their own positions.
+        """
+        ending = "_rotated" if rotated else ""
+        return torch.cat([self.summary(what + ending, block) for what in ("highest", "lowest")], -1)
+
     def readable(self) -> Tensor | None:
         """Whether each page can be read token by token, in whatever format, bool `[ceil(N / PAGE)]`; None: all can."""
         return None

@@ -26,6 +26,8 @@ class BlockSummaries:
         self.pool = pool
         self.table = SlotTable()
         self.asked: dict[tuple[str, int], Tensor] = {}
+        self.wide: dict[tuple[bool, int], tuple[Tensor, int]] = {}
+        """Bounds by whether they are of rotated keys, and block: rows with room for more, and how many there are."""
 
     @property
     def kept(self) -> bool:
@@ -42,6 +44,7 @@ class BlockSummaries:
         """Forget the blocks that are not full at `length` (the caller releases the slots)."""
         self.table.cut(-(-length // PAGE))
         self.asked = {key: kept[:, :, : length // key[1]] for key, kept in self.asked.items()}
+        self.wide = {key: (rows, min(done, length // key[1])) for key, (rows, done) in self.wide.items()}
 
     def write(self, kv: LayerKV, start: int, k: Tensor, v: Tensor) -> None:
         """Summarise full blocks, of which `start` is the first token: k `[Hkv, n, D]` unrotated, v `[Hkv, n, Dv]`."""
@@ -76,6 +79,22 @@ class BlockSummaries:
             known = torch.cat(parts if known is None else [known, *parts], 2)
             self.asked[what, block] = known
         return known
+
+    def bounds(self, kv: LayerKV, block: int, rotated: bool) -> Tensor:
+        """Return `LayerKV.bounds`, kept from one call to the next and extended by the blocks that are new."""
+        rows, done = self.wide.get((rotated, block), (None, 0))
+        full, ending = kv.length // block, "_rotated" if rotated else ""
+        if rows is None or done < full:
+            fresh = [self.get(kv, what + ending, block)[:, :, done:] for what in ("highest", "lowest")]
+            if rows is None or rows.shape[2] < full:
+                with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
+                    more = fresh[0].new_empty(1, fresh[0].shape[1], full + full // 2 + 8, 2 * fresh[0].shape[3])
+                if rows is not None:
+                    more[:, :, :done] = rows[:, :, :done]
+                rows = more
+            rows[:, :, done:full] = torch.cat(fresh, -1)
+            self.wide[rotated, block] = rows, full
+        return rows[:, :, :full]
 
     def _compute(self, kv: LayerKV, what: str, block: int, first: int, last: int) -> Tensor:
         start, stop = first * block, last * block

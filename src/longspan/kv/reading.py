@@ -158,6 +158,12 @@ class PageReader(LayerKV):
         scales = plane.tensors[f"{what}_scale"].flatten(1)
         return Held(native, table, plane.tensors[what], scales, SHIFT)
 
+    def bounds(self, block: int, *, rotated: bool) -> Tensor:
+        """See `LayerKV`; a CPU keeps them side by side, since scoring takes as long as it takes to read them."""
+        if self.pool.device.type != "cpu" or self.budget.limited:
+            return super().bounds(block, rotated=rotated)
+        return self.blocks.bounds(self, block, rotated)
+
     def readable(self) -> Tensor | None:
         """See `LayerKV`."""
         if self.pages.plain:
@@ -281,7 +287,7 @@ def _blocks(held: Tensor, index: Tensor, size: int) -> Tensor:
     heads, dim = held.shape[0], held.shape[-1]
     rows = held.view(-1, size * dim)
     # Copies rows several times as fast as an index does.
-    found = torch.nn.functional.embedding(index + _starts(heads, rows.shape[0] // heads, index.device), rows)
+    found = torch.embedding(rows, index + _starts(heads, rows.shape[0] // heads, index.device))
     return found.view(heads, -1, dim)
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from longspan.kernels.partial_attention.reference import partial_attention as reference
 
+_PADDED = (1, 3)
+"""Queries of a KV head that one more makes faster: 1, 2, 3, 4 of them take 2.7, 0.8, 1.1, 0.9 ms to read 8000 keys of
+three heads in bfloat16 (EPYC, one thread)."""
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -60,9 +63,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     kv_heads = k.shape[1]
     if mask is None:
         # Without a mask the queries of one group are just more queries of their KV head: no copy of the keys.
-        grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+        rows = heads // kv_heads * queries
+        grouped = q.reshape(batch, kv_heads, rows, dim)
+        if rows in _PADDED:
+            grouped = torch.nn.functional.pad(grouped, (0, 0, 0, 1))
         out, lse = _FLASH(grouped, k, v, 0.0, False, scale=scale)
-        return out.reshape(batch, heads, queries, -1), _rows(lse, grouped).reshape(batch, heads, queries)
+        out, lse = out[:, :, :rows], _rows(lse, grouped)[:, :, :rows]
+        return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
     # One pass a tensor: a finite sum has only finite terms, and one that overflows merely takes the slower way.
     if not torch.isfinite(k.sum() + v.sum()):
         return reference(q, k, v, mask, scale=scale)
