@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from longspan.attention import make
-from longspan.evals.compress import Case, Ours, Question
+from longspan.evals.compress import Case, Question
+from longspan.evals.compress_ours import Ours, Way
 from longspan.evals.haystack import prose
 from longspan.peers.kvpress import Model
 
@@ -22,7 +23,7 @@ def tokens(tiny):
 
 
 def test_without_a_press_it_scores_as_dense_attention_does(tiny, theirs, tokens):
-    mine = Ours(tiny, make("dense"), None).run(Case(tokens[:400], None, tuple(tokens[400:])), tokens[401:410])
+    (mine,) = Ours(tiny, Way(make("dense"))).run([Case(tokens[:400], None, tuple(tokens[400:]))], [tokens[401:410]])
     asked = {"press": "", "ratio": 1, "tokens": tokens[:400], "score": [tokens[400:], tokens[400:409]], "ask": []}
     found = theirs.answer(asked)
     assert found["scores"][0]["nll"] == pytest.approx(mine.nlls, rel=1e-4)
@@ -32,8 +33,8 @@ def test_without_a_press_it_scores_as_dense_attention_does(tiny, theirs, tokens)
 
 
 def test_without_a_press_it_answers_as_dense_attention_does_and_takes_it_back(tiny, theirs, tokens):
-    question = Question("t", tokens[400:410], ("never said, surely",), False, 6)
-    wanted = Ours(tiny, make("dense"), None).run(Case(tokens[:400], question), ())
+    question = Question("t", tokens[400:410], ("never said, surely",), "all", 6)
+    (wanted,) = Ours(tiny, Way(make("dense"))).run([Case(tokens[:400], question)], ())
     ask = {"tokens": question.tokens, "max_tokens": 6, "outputs": list(question.outputs)}
     found = theirs.answer({"press": "", "ratio": 1, "tokens": tokens[:400], "score": [], "ask": [ask, ask]})
     assert tiny.decode(found["answers"][0]) == wanted.answer
