@@ -80,6 +80,23 @@ def test_every_option(count, power, span_power, spans):
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("gate,heads", [("joint", (6, 2)), ("routed", (4, 1))])
+def test_a_group_chooses_together(count, gate, heads):
+    q, k, v = made(197, count, heads)
+    rotary = Rotary(10000.0 ** -(torch.arange(6) / 6), 150)
+    mechanism = Superlinear(window=24, gate=gate, share="group", sinks=3)
+    for kv in (TensorKV(k, v), TensorKV(k, v, rotary)):
+        out, wanted = both(mechanism, q, kv)
+        torch.testing.assert_close(out, wanted, atol=5e-6, rtol=5e-6)
+    summed = q.unflatten(1, (heads[1], -1)).sum(2).repeat_interleave(heads[0] // heads[1], 1)
+    alone = Superlinear(window=24, gate=gate, sinks=3)
+    out = both(mechanism, q, TensorKV(k, v))[0]
+    torch.testing.assert_close(
+        out, both(alone, q, TensorKV(k, v), Hints(routing_query=summed))[0], atol=5e-6, rtol=5e-6
+    )
+
+
+@pytest.mark.parametrize("count", [FEW, MANY])
 @pytest.mark.parametrize("gate", ["joint", "routed"])
 def test_a_routing_query_searches(count, gate):
     q, k, v = made(300, count)

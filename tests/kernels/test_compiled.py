@@ -26,3 +26,17 @@ def test_kernels_fit(kind, dim, capability):
     assert done.returncode == 0, done.stderr[-2000:]
     for name, taken in json.loads(done.stdout).items():
         assert taken <= SHARED[capability], name
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_superlinears_kernels_fit(capability):
+    script = Path(__file__).with_name("compile_superlinear.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"parts_kernel", "search_kernel", "_span_attention_kernel"} <= set(found)
+    for name, taken in found.items():
+        assert taken <= SHARED[capability], name

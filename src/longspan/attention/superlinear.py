@@ -14,6 +14,9 @@ Superlinear Multi-Step Attention (arXiv 2601.18401). A query at t, with n = t + 
 each key counted once; it tends to dense as spans grow. `summary="bounds"` scores an anchor by the greatest score that
 any key of its page of 64 could have (as Quest, arXiv 2406.10774, equation 2), for checkpoints not trained for anchors.
 
+`share="group"`: the query heads of a KV head read the same spans, those with the greatest sums of their scores (and
+these sums are what `routed` weighs by). A decode step then reads a span once for the whole group.
+
 `sinks` first keys of the context are read by every query, as if they belonged to its window (0: the paper). Ordinary
 checkpoints put what attention they don't need on these keys, and break without them.
 
@@ -66,6 +69,8 @@ class Superlinear(Mechanism):
     """What stands for an anchor in the search: its own `key`, or its page's `bounds`."""
     sinks: int = 0
     """First keys of the context that every query reads beside its window; an ordinary checkpoint wants a few."""
+    share: str = "head"
+    """Who chooses spans: each query `head`, or the `group` of heads of a KV head, by the sum of their scores."""
 
     name: ClassVar[str] = "superlinear"
     about: ClassVar[str] = "a window and the spans around the best of sqrt(n) anchors"
@@ -85,6 +90,7 @@ class Superlinear(Mechanism):
                 raise UsageError(f"{name}={getattr(self, name)} must lie above 0 and be at most 1")
         one_of("gate", self.gate, ("joint", "routed"))
         one_of("summary", self.summary, ("key", "bounds"))
+        one_of("share", self.share, ("head", "group"))
         if self.summary == "bounds" and self.window < PAGE:
             raise UsageError(f"summary=bounds needs window of at least a page ({PAGE}), not {self.window}")
 
@@ -184,7 +190,11 @@ class Superlinear(Mechanism):
         at = torch.arange(first, first + count).unsqueeze(1)
         anchors = at - steps + 1  # [T, M], newest first
         valid = (anchors >= 0).to(q.device)
-        scores = self._scores(q, kv, anchors.clamp(min=0)).masked_fill(~valid, float("-inf"))
+        scores = self._scores(q, kv, anchors.clamp(min=0))
+        if self.share == "group":
+            grouped = scores.unflatten(1, (kv.keys(0, 0).shape[1], -1))
+            scores = grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1, 2)
+        scores = scores.masked_fill(~valid, float("-inf"))
         # A stable sort keeps the newer anchor first among equals.
         scores, order = torch.sort(scores, dim=-1, descending=True, stable=True)
         scores, order = scores[..., : self.spans], order[..., : self.spans]
@@ -246,8 +256,8 @@ class Superlinear(Mechanism):
         )
         number_bytes = 2 * shape.summary_bytes if self.summary == "bounds" else shape.kv_bytes
         searched = anchors * shape.kv_heads * shape.head_dim * number_bytes
-        # Each query head reads spans of its own.
-        spread = shape.query_heads / shape.kv_heads
+        # Each query head reads spans of its own, or a group those of all its heads.
+        spread = shape.query_heads / shape.kv_heads if self.share == "head" else 1.0
         span_bytes = min(float(far), self.spans * length * spread + self.sinks) * shape.token_bytes
         return Cost(
             decode_flops=decode,

@@ -42,7 +42,7 @@ def serves(mechanism: Superlinear, q: Tensor, kv: LayerKV, hints: Hints) -> bool
     """Return whether gradients are wanted, and of a kind that the kernels have.
 
     Not so where spans are read nearer than they stand (beyond the trained length), or weighed by scores of pages'
-    bounds.
+    bounds or of several heads.
     """
     if not torch.is_grad_enabled() or not kernels_serve(q):
         return False
@@ -54,7 +54,7 @@ def serves(mechanism: Superlinear, q: Tensor, kv: LayerKV, hints: Hints) -> bool
         return False
     rotary = kv.rotary
     within = rotary is None or rotary.trained_length is None or kv.length <= rotary.trained_length
-    return within and (mechanism.gate == "joint" or mechanism.summary == "key")
+    return within and (mechanism.gate == "joint" or (mechanism.summary == "key" and mechanism.share == "head"))
 
 
 def attend(mechanism: Superlinear, q: Tensor, kv: LayerKV, scale: float | None, hints: Hints) -> Tensor:

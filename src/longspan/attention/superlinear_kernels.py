@@ -54,6 +54,7 @@ def search_of(mechanism: Superlinear) -> Search:
         mechanism.span_power,
         mechanism.gate,
         mechanism.sinks,
+        mechanism.share,
     )
 
 

@@ -19,6 +19,8 @@ SPECS = [
     "dense",
     "superlinear:window=40",
     "superlinear:window=40,gate=routed",
+    "superlinear:window=40,gate=routed,share=group,spans=2",
+    "superlinear:window=70,share=group,summary=bounds,sinks=3",
     "superlinear:window=70,gate=routed,summary=bounds,spans=2",
     "superlinear:window=33,power=0.55,span_power=0.55,sinks=4,backward=0.7,forward=0.4",
     "superlinear:window=33,gate=routed,sinks=3,spans=9,backward=0",

@@ -23,7 +23,7 @@ from longspan.errors import UsageError
 
 KNOWN = ("dense", "superlinear")
 _OPTIONS = {
-    "window", "spans", "backward", "forward", "power", "span_power", "gate", "summary", "sinks",
+    "window", "spans", "backward", "forward", "power", "span_power", "gate", "summary", "sinks", "share",
 }  # fmt: skip
 _PAGE = 64
 _BLOCK = 1 << 18
@@ -101,7 +101,7 @@ def chosen(mechanism: Superlinear, inputs: Inputs, row: Row) -> Choice:
     anchors = t + 1 - torch.tensor(table[first : bisect.bisect_right(table, t + 1)], dtype=torch.int64)  # newest first
     if not len(anchors) or not mechanism.spans:
         return Choice(near, (), anchors[:0].to(k.device), len(anchors), sure=True)
-    scores = _scores(mechanism.summary, q.detach(), k.detach(), anchors)
+    scores = _searched(mechanism, inputs, row, q.detach(), k.detach(), anchors)
     # Sorted stably, so that of equal anchors the newer one comes first.
     ranked, order = torch.sort(scores, descending=True, stable=True)
     best = anchors[order[: mechanism.spans].cpu()]
@@ -121,7 +121,17 @@ def _superlinear(mechanism: Superlinear, inputs: Inputs, row: Row, choice: Choic
     if mechanism.gate == "joint" or not reads:
         return _softmax(q, k, v, torch.unique(torch.cat([choice.near, *reads])))
     each = torch.stack([_softmax(q, k, v, torch.unique(torch.cat([choice.near, span]))) for span in reads])
-    return torch.softmax(_scores(mechanism.summary, q, k, choice.anchors), 0) @ each
+    return torch.softmax(_searched(mechanism, inputs, row, q, k, choice.anchors), 0) @ each
+
+
+def _searched(mechanism: Superlinear, inputs: Inputs, row: Row, q: Tensor, k: Tensor, anchors: Tensor) -> Tensor:
+    """Return the search scores of anchors: a row's own, or the sum over the heads that share its KV head."""
+    if mechanism.share == "head":
+        return _scores(mechanism.summary, q, k, anchors)
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    first = row.head // group * group
+    heads = [q if first + i == row.head else inputs.q[0, first + i, row.query].double() for i in range(group)]
+    return torch.stack([_scores(mechanism.summary, one, k, anchors) for one in heads]).sum(0)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:

@@ -41,9 +41,12 @@ def decode(
     for b, n in enumerate(lengths.tolist()):
         keys, values = k.gathered(b, n).to(dtype), v.gathered(b, n).to(dtype)
         anchor_keys = searched.gathered(b, n).to(dtype)
+        by = routing[b].to(dtype)
+        if search.share == "group":  # the sum of scores is the score of the sum
+            by = by.unflatten(0, (k.heads, -1)).sum(1).repeat_interleave(q.shape[1] // k.heads, 0)
         for h in range(q.shape[1]):
             i = h // (q.shape[1] // k.heads)
-            row = routing[b, h].to(dtype), keys[i], values[i], anchor_keys[i]
+            row = by[h], keys[i], values[i], anchor_keys[i]
             out[b, h] = _row(q[b, h].to(dtype), *row, search, turn, scale)
     return out
 

@@ -40,6 +40,7 @@ class Search:
     span_power: float = 0.5
     gate: str = "joint"
     sinks: int = 0
+    share: str = "head"
 
     def first_anchor(self) -> int:
         """Return the least i whose anchor lies outside the window."""

@@ -70,27 +70,16 @@ def _rotated(p_q, o_row, o_d, m_q, p_freq, position, ROTARY: tl.constexpr, D: tl
 
 
 @triton.jit
-def _near_piece(
+def _group_piece(
     p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
     s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-    p_freq, n, i_head, i_piece, window, sinks, trained, scale,
+    p_freq, i_head, i_part, o_n, m_n, position, scale,
     ROTARY: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
-    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, PARTS: tl.constexpr, B_N: tl.constexpr,
+    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, PARTS: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a piece of what is near, sinks and then the window, with all query heads of a KV head at once."""
+    """Attend to the keys o_n `[B_N]`, as far as m_n says, with all query heads of a KV head at once."""
     o_g, o_d, o_dv = tl.arange(0, B_G), tl.arange(0, B_D), tl.arange(0, B_DV)
-    begin = tl.maximum(n - window, 0)
-    first = tl.minimum(sinks, begin)  # sinks that the window does not hold: pieces of their own, before the window's
-    pieces = tl.cdiv(sinks, B_N)
-    o_n = i_piece * B_N + tl.arange(0, B_N)
-    m_n = o_n < first
-    position = n - 1
-    if i_piece >= pieces:
-        o_n += begin - pieces * B_N
-        m_n = o_n < n
-    elif n > trained:
-        position = window + first - 1  # as if they stood directly before the window
     b_k = load_rows(
         p_k, p_k_table, p_k_codes, p_k_scales, s_k_head, s_k_slot, s_k_token, k_slots,
         i_head, o_n, m_n, o_d, D, K_KIND, SHIFT,
@@ -108,9 +97,26 @@ def _near_piece(
     b_sum = tl.sum(b_p, 1)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
     b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    row = (i_head * G + o_g) * PARTS + i_piece
+    row = (i_head * G + o_g) * PARTS + i_part
     tl.store(p_lse + row, b_max + tl.log2(b_sum), mask=o_g < G)
     tl.store(p_out + row[:, None] * DV + o_dv[None, :], b_o, mask=(o_g < G)[:, None] & (o_dv < DV)[None, :])
+
+
+@triton.jit
+def _near_keys(n, i_piece, window, sinks, trained, B_N: tl.constexpr):
+    """Return the keys of a piece of what is near, which of them there are, and from where the query sees them."""
+    begin = tl.maximum(n - window, 0)
+    first = tl.minimum(sinks, begin)  # sinks that the window does not hold: pieces of their own, before the window's
+    pieces = tl.cdiv(sinks, B_N)
+    o_n = i_piece * B_N + tl.arange(0, B_N)
+    m_n = o_n < first
+    position = n - 1
+    if i_piece >= pieces:
+        o_n += begin - pieces * B_N
+        m_n = o_n < n
+    elif n > trained:
+        position = window + first - 1  # as if they stood directly before the window
+    return o_n, m_n, position
 
 
 @triton.jit
@@ -204,7 +210,8 @@ def parts_kernel(
     D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
     NEAR: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, B_N: tl.constexpr, B_C: tl.constexpr,
     SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece: outputs `[B, Hq, NEAR + SPANS * PIECES, Dv]`, log-sum-exps in base 2, search scores."""
     if EARLY:
@@ -221,16 +228,20 @@ def parts_kernel(
     p_out += i_sequence * HEADS * parts * DV
     p_lse += i_sequence * HEADS * parts
     if i_part < NEAR * kv_heads:
-        _near_piece(
+        o_n, m_n, position = _near_keys(n, i_part // kv_heads, window, sinks, trained, B_N)
+        _group_piece(
             p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
             s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-            p_freq, n, (i_part % kv_heads).to(tl.int64), i_part // kv_heads, window, sinks, trained, scale,
-            ROTARY, G, B_G, D, B_D, DV, B_DV, parts, B_N, K_KIND, V_KIND, SHIFT, PRECISION,
+            p_freq, (i_part % kv_heads).to(tl.int64), i_part // kv_heads, o_n, m_n, position, scale,
+            ROTARY, G, B_G, D, B_D, DV, B_DV, parts, K_KIND, V_KIND, SHIFT, PRECISION,
         )  # fmt: skip
     elif SPANS > 0:
+        # Who chooses spans: query heads, or KV heads for their group, of which the first head then stands for all.
+        choosers: tl.constexpr = kv_heads if SHARED else HEADS
+        each: tl.constexpr = HEADS // choosers
         i_rest = i_part - NEAR * kv_heads
-        i_piece, i_row = i_rest // (HEADS * SPANS), i_rest % (HEADS * SPANS)
-        mine, head = i_row % SPANS, (i_row // SPANS).to(tl.int64)
+        i_piece, i_row = i_rest // (choosers * SPANS), i_rest % (choosers * SPANS)
+        mine, head = i_row % SPANS, (i_row // SPANS * each).to(tl.int64)
         row = i_sequence * HEADS + head
         if EARLY:
             gdc_wait()  # for the search; what is near does not need it
@@ -238,19 +249,30 @@ def parts_kernel(
             p_best + row * candidates, p_anchor + row * candidates, n, candidates, mine, window, sinks,
             B_C, SPANS, BACKWARD, FORWARD, SPAN_POWER, JOINT,
         )  # fmt: skip
+        o_e = tl.arange(0, B_G)  # the heads that it chose for
         if i_piece == 0:
-            tl.store(p_score + row * SPANS + mine, score)
+            tl.store(p_score + (row + o_e) * SPANS + mine, tl.zeros([B_G], tl.float32) + score, mask=o_e < each)
         start += i_piece * SPLIT
-        part = head * parts + NEAR + mine * PIECES + i_piece
+        i_span = NEAR + mine * PIECES + i_piece
+        position = tl.where(n > trained, window + hi, n - 1)
         if start > hi:
-            tl.store(p_lse + part, float("-inf"))
+            nothing = tl.full([B_G], float("-inf"), tl.float32)
+            tl.store(p_lse + (head + o_e) * parts + i_span, nothing, mask=o_e < each)
+        elif SHARED:
+            o_n = start + tl.arange(0, B_N)
+            _group_piece(
+                p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
+                s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+                p_freq, head // G, i_span, o_n, o_n <= hi, position, scale,
+                ROTARY, G, B_G, D, B_D, DV, B_DV, parts, K_KIND, V_KIND, SHIFT, PRECISION,
+            )  # fmt: skip
         else:
+            part = head * parts + i_span
             _span_piece(
                 p_q + head * s_q_head, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
                 p_out + part * DV, p_lse + part,
                 s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                p_freq, head // G, start, tl.minimum(start + SPLIT, hi + 1),
-                tl.where(n > trained, window + hi, n - 1), scale,
+                p_freq, head // G, start, tl.minimum(start + SPLIT, hi + 1), position, scale,
                 ROTARY, D, B_D, DV, B_DV, B_N, K_KIND, V_KIND, SHIFT,
             )  # fmt: skip
 
@@ -348,6 +370,7 @@ def decode(
     dims = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim))}
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     block_g = max(16, triton.next_power_of_2(group))
+    joint, shared = search.gate == "joint", search.share == "group"
 
     blocks = max(1, triton.cdiv(steps.numel(), cut.anchors))
     best = torch.empty(sequences, heads, blocks, max(1, spans), dtype=torch.float32, device=q.device)
@@ -358,10 +381,13 @@ def decode(
             routing, rows, table, codes, scales, lengths, steps, best, anchor,
             routing.stride(0), routing.stride(1), *strides, steps.numel(),
             G=group, B_G=block_g, **dims, B_A=cut.anchors, SPANS=spans,
-            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, EARLY=early, num_warps=1,
+            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision,
+            SHARED=shared, EARLY=early, num_warps=1,
         )  # fmt: skip
 
-    pieces = max(1, triton.cdiv(longest, cut.split))
+    # A group reads a piece with all its heads, as much as a program reads at once; a head alone goes on.
+    split, choosers = (cut.keys, k.heads) if shared else (cut.split, heads)
+    pieces = max(1, triton.cdiv(longest, split))
     near = triton.cdiv(search.sinks, cut.keys) + triton.cdiv(min(capacity, search.window), cut.keys)
     parts = near + spans * pieces
     part_out = torch.empty(sequences, heads, parts, value_dim, dtype=torch.float32, device=q.device)
@@ -369,18 +395,17 @@ def decode(
     score = torch.empty(sequences, heads, max(1, spans), dtype=torch.float32, device=q.device)
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
     v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
-    joint = search.gate == "joint"
-    parts_kernel[(near * k.heads + heads * spans * pieces, sequences)](
+    parts_kernel[(near * k.heads + choosers * spans * pieces, sequences)](
         q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
         lengths, best, anchor, part_lse if turn is None else turn.per_token, part_out, part_lse, score,
         q.stride(0), q.stride(1), *k_strides, *v_strides,
         blocks * max(1, spans), search.window, search.sinks, _NEVER if turn is None else turn.trained, scale * _LOG2E,
         ROTARY=0 if turn is None else 2 * turn.per_token.numel(), HEADS=heads, G=group, B_G=block_g,
         **dims, DV=value_dim, B_DV=max(16, triton.next_power_of_2(value_dim)),
-        NEAR=near, PIECES=pieces, SPLIT=cut.split, B_N=cut.keys, B_C=triton.next_power_of_2(blocks * max(1, spans)),
+        NEAR=near, PIECES=pieces, SPLIT=split, B_N=cut.keys, B_C=triton.next_power_of_2(blocks * max(1, spans)),
         SPANS=spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power, JOINT=joint,
         K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift, PRECISION=precision,
-        EARLY=early, num_warps=4, num_stages=1, **({"launch_pdl": True} if early and spans else {}),
+        SHARED=shared, EARLY=early, num_warps=4, num_stages=1, **({"launch_pdl": True} if early and spans else {}),
     )  # fmt: skip
 
     if out is None:

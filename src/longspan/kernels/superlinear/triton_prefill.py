@@ -62,7 +62,7 @@ def search_spans(
         first, search.window, search.sinks, n + 1, triton.cdiv(count, bands),
         G=group, B_G=max(16, triton.next_power_of_2(group)), D=dim, B_D=max(16, triton.next_power_of_2(dim)), B_A=64,
         SPANS=search.spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power,
-        JOINT=search.gate == "joint", KIND=k.kind, SHIFT=k.shift,
+        JOINT=search.gate == "joint", SHARED=search.share == "group", KIND=k.kind, SHIFT=k.shift,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", ANCHORS=anchors is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip

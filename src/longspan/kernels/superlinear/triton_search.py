@@ -36,7 +36,8 @@ def search_newest_kernel(
     s_q_sequence, s_q_head, s_sequence, s_head, s_slot, s_token, s_table, slots,
     steps,
     G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, B_A: tl.constexpr,
-    SPANS: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    SPANS: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Find the best anchors of the newest query within one block of anchors: `[B, Hq, blocks, SPANS]`."""
     if EARLY:
@@ -53,6 +54,8 @@ def search_newest_kernel(
     p = p_q + i_sequence * s_q_sequence + (i_head * G + o_g)[:, None] * s_q_head + o_d[None, :]
     b_q = tl.load(p, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)  # [B_G, B_D]
     b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)  # [B_G, B_A]
+    if SHARED:
+        b_s = tl.broadcast_to(tl.sum(b_s, 0)[None, :], [B_G, B_A])  # rows that are no heads are 0
     b_s = tl.where(m_a[None, :], b_s, float("-inf"))
     b_i = tl.broadcast_to(o_a[None, :], [B_G, B_A])
     heads = tl.num_programs(1) * G
@@ -88,7 +91,7 @@ def search_kernel(
     first, window, sinks, stride, band,
     G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, B_A: tl.constexpr,
     SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
-    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, ANCHORS: tl.constexpr,
+    KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, ANCHORS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Find the spans of one query for the heads of one KV head.
 
@@ -121,6 +124,8 @@ def search_kernel(
             i_head, tl.where(m_a, b_at, 0), m_a, o_d, D, KIND, SHIFT,
         )  # fmt: skip
         b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+        if SHARED:
+            b_s = tl.broadcast_to(tl.sum(b_s, 0)[None, :], [B_G, B_A])
         b_s = tl.where(m_a[None, :], b_s, float("-inf"))
         b_i = tl.broadcast_to(o_a[None, :], [B_G, B_A])
         b_best0, b_number0, b_s, b_i = _keep_better(b_s, b_i, b_best0, b_number0)

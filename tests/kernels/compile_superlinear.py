@@ -1,0 +1,77 @@
+"""Compile superlinear's kernels for a chip that is not here, as their launches would; prints shared memory by kernel.
+
+Triton is told that the chip is there, and every launch to compile only. Run by `test_compiled.py` in its own process.
+"""
+
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from longspan.kernels.held import Held
+from longspan.kernels.span_attention import triton_kernels as spans
+from longspan.kernels.superlinear import Search, triton_decode, triton_prefill
+from longspan.kernels.tiles import Tile
+
+CAPABILITY, DIM = int(sys.argv[1]), 128
+HOPPER = CAPABILITY >= 90
+taken: dict[str, int] = {}
+
+
+class Chip:
+    """What Triton asks of a driver before it launches anything."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+
+launch = JITFunction.run
+
+
+def compile_only(self, *arguments, grid, warmup=False, **options):
+    kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+    taken[self.fn.__name__] = max(taken.get(self.fn.__name__, 0), kernel.metadata.shared)
+    return kernel
+
+
+driver.set_active(Chip())
+JITFunction.run = compile_only
+
+
+def zeros(*shape, dtype=torch.bfloat16):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+pages = 1 << 14  # of which the table speaks: a million tokens
+table = zeros(1, pages, dtype=torch.int64)
+k = Held(zeros(2, 4, 64, DIM), table)
+mixed = Held(zeros(2, 4, 64, DIM), table, zeros(2, 4, 64, DIM, dtype=torch.uint8), zeros(2, 4, dtype=torch.float32), 40)
+q, lengths = zeros(1, 32, DIM), torch.tensor([pages * 64])
+for search in (Search(2024), Search(2024, gate="routed", share="group", sinks=4)):
+    triton_decode.decode(q, k, k, lengths, search, scale=0.1, early=HOPPER)
+triton_decode.decode(q, mixed, mixed, lengths, Search(2024), scale=0.1, early=HOPPER)
+queries, tokens = 64, 8192
+k = Held(zeros(1, 2, tokens, DIM))
+rows = zeros(1, 2, 16 * queries * 3, dtype=torch.int32)
+triton_prefill.search_spans(zeros(1, 32, queries, DIM), k, tokens - queries, Search(2024))
+order = zeros(2, rows.shape[-1], dtype=torch.int64)
+tiles = [spans.forward_tile(torch.bfloat16, DIM, HOPPER, few) for few in (False, True)]
+assert all(isinstance(tile, Tile) for tile in tiles)
+for tile in tiles:
+    spans.span_attention(
+        zeros(1, 2, 16 * queries, DIM), k, k, rows, rows, scale=0.1, order=order, out_dtype=torch.bfloat16,
+        tile=tile, engine=HOPPER, beat=int(HOPPER),
+    )  # fmt: skip
+print(json.dumps(taken))
