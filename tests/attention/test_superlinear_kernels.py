@@ -21,8 +21,9 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "c
 if DEVICE.type == "cuda":
     SIZES = [(4097, 1, (4, 2)), (397, 3, (3, 1)), (9001, 63, (16, 1)), (4097, 4097, (4, 2)), (70001, 4097, (32, 2))]
 else:
-    SIZES = [(197, 1, (4, 2)), (131, 18, (16, 1)), (47, 17, (3, 1)), (29, 29, (2, 2))]
-FEW, MANY = (3, 40) if DEVICE.type == "cuda" else (1, 17)
+    SIZES = [(197, 1, (4, 2)), (131, 5, (16, 1)), (47, 4, (3, 1)), (29, 29, (2, 2))]
+# Queries up to which each is a decode step; so few, and so many.
+STEPS, FEW, MANY = (ours.STEPS, 3, 40) if DEVICE.type == "cuda" else (2, 1, 5)
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -30,6 +31,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 def every_kernel(monkeypatch):
     """The interpreter's tensors lie on the CPU, where kernels do not offer themselves."""
     monkeypatch.setattr(kernels, "serves", lambda *_: True)
+    monkeypatch.setattr(ours, "STEPS", STEPS)
 
 
 def paged(k, v, kv_format=None, rotary=None):
@@ -60,8 +62,7 @@ def both(mechanism, q, kv, hints=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gate", ["joint", "routed"])
-@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize("gate,sinks", [("joint", 0), ("joint", 5), ("routed", 5)])
 @pytest.mark.parametrize("n,count,heads", SIZES)
 def test_kernels_equal_the_plain_version(dtype, gate, sinks, n, count, heads):
     q, k, v = made(n, count, heads, dtype=dtype)
@@ -138,7 +139,7 @@ def test_several_sequences(count):
     torch.testing.assert_close(out, torch.cat(apart), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("count", [1, 5])
 def test_what_is_not_read_never_reaches_an_output(count):
     q, k, v = made(150, count, value_dim=16)
     mechanism = Superlinear(window=24, backward=0.3, forward=0.2)
@@ -158,16 +159,18 @@ def test_what_is_not_read_never_reaches_an_output(count):
 
 
 def test_prefill_in_chunks_and_decode_agree():
-    q, k, v = made(150, 40, value_dim=16)
+    count = 2 * MANY
+    q, k, v = made(110 + count, count, value_dim=16)
     mechanism = Superlinear(window=24)
     scale = 0.25
     whole = ours.attend(mechanism, q, TensorKV(k, v), scale, Hints())
-    for sizes in ([20, 20], [17, 1, 22]):
-        parts, at = [], 110
+    for sizes in ([MANY, MANY], [1, 2 * MANY - 1]):
+        parts, at = [], 0
         for size in sizes:
+            rows = q[:, :, at : at + size]
             at += size
-            rows = q[:, :, at - 110 - size : at - 110]
-            parts.append(ours.attend(mechanism, rows, TensorKV(k[:, :, :at], v[:, :, :at]), scale, Hints()))
+            kv = TensorKV(k[:, :, : 110 + at], v[:, :, : 110 + at])
+            parts.append(ours.attend(mechanism, rows, kv, scale, Hints()))
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=2e-6, rtol=2e-6)
 
 
