@@ -76,3 +76,9 @@ def test_what_can_not_be_is_one_line(cli, tiny_model, long_note, options, why):
 def test_tiers_too_small_are_one_line(cli, tiny_model, long_note, kept):
     code, _, err = cli("ask", "Where?", "--model", str(tiny_model), "--doc", long_note, *kept, "--kv-tier", "host=7KB")
     assert code != 0 and "raise --kv-tier" in err and "Traceback" not in err
+
+
+def test_a_budget_that_does_not_hold_a_chunk_says_so(cli, tiny_model, long_note):
+    common = ("--model", str(tiny_model), "--doc", long_note, "--attention", "quest")
+    code, _, err = cli("ask", "Where?", *common, "--kv-budget", "100KB", "--kv-tier", "host=1GB")
+    assert code != 0 and "that are read next: raise it (--kv-budget)" in err

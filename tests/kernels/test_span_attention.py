@@ -53,6 +53,15 @@ def test_every_version_equals_a_loop_over_rows(sizes, dtype, tolerance):
         torch.testing.assert_close(lse.double().cpu(), wanted_lse, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_any_scale(scale):
+    q, k, v, lo, hi = inputs()
+    out, lse = triton_kernels.span_attention(q, k, v, lo, hi, scale=scale)
+    wanted, wanted_lse = loop(q, k, v, lo, hi, scale)
+    torch.testing.assert_close(out.double().cpu(), wanted, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(lse.double().cpu(), wanted_lse, atol=2e-6, rtol=2e-6)
+
+
 def test_keys_and_values_may_be_views():
     q, k, v, lo, hi = inputs()
     wide = torch.stack([k, v], -2)  # [1, H, N, 2, D]: a key's rows are not neighbours

@@ -82,7 +82,8 @@ def _settle(kv: PagedKV, mass: PageMass, share: int, nbytes: int, needs: Needs, 
     try:
         rebalance(kv, mass.pages(now), share, formats=needs.formats, sinks=sinks, window=window)
     except UsageError as error:
+        after = f" and {needs.new} that are read next" if needs.new else ""
         raise PoolExhaustedError(
-            f"the {budget.root.name} budget of {size(nbytes)} does not hold the newest {window} tokens of every layer: "
-            "raise it (--kv-budget)"
+            f"the {budget.root.name} budget of {size(nbytes)} does not hold the newest {window} tokens of every layer"
+            f"{after}: raise it (--kv-budget)"
         ) from error

@@ -203,6 +203,8 @@ def span_attention(
     v = v if isinstance(v, Held) else Held(v if v.stride(-1) == 1 else v.contiguous())
     batch, heads, rows = lo.shape
     dim, value_dim = q.shape[-1], v.dim
+    if scale <= 0:
+        q, scale = q * scale, 1.0  # the kernel takes the greatest product for the greatest score
     out = torch.empty(batch, heads, rows, value_dim, dtype=out_dtype, device=q.device)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     if order is None:
