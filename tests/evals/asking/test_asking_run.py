@@ -275,3 +275,8 @@ def test_rows_of_another_eval_are_refused(strange):
     assert rows.answered([Entry(good, {})])
     with pytest.raises(UsageError, match="another eval"):
         rows.answered([Entry({**good, **strange}, {})])
+
+
+def test_more_questions_than_memory_holds_are_refused():
+    with pytest.raises(UsageError, match="fewer --questions"):
+        plan(replace(GIVEN, questions=10**20), at(Scripted()))

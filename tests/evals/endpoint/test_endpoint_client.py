@@ -306,7 +306,11 @@ def test_a_connection_that_is_opened_while_all_is_closed_ends_too(monkeypatch):
         ended.set()
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://x/v1", "http://", "http://x/v1?key=3", "http://[", "x"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "127.0.0.1:8000", "ftp://x/v1", "http://", "http://x/v1?key=3", "http://[", "x"]
+    + ["http://x/v\x00", "http://a..b/v1", f"http://{'a' * 64}/v1"],
+)
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(UsageError, match="--base-url"):
         Client(url, "", parallel=1, timeout=1)
@@ -332,6 +336,18 @@ def test_thoughts_are_no_answer_but_the_first_token():
     answer.began -= 1
     found = streamed(lines, answer)
     assert found.text == "7" and found.first >= 1 and found.pieces == 2, "an end without [DONE] is one, too"
+
+
+def test_a_content_may_be_a_list_of_parts():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "se"}]
+    event = {"choices": [{"message": {"content": [*parts, {"type": "text", "text": "ven"}]}}]}
+    assert whole(json.dumps(event).encode(), Answer()).text == "seven"
+
+
+@pytest.mark.parametrize("choices", ["3", '[{"delta": "x"}]', '[{"delta": {"content": 5}}]', '[{"text": [5]}]'])
+def test_a_choice_of_another_form_is_broken(choices):
+    with pytest.raises(BrokenAnswerError):
+        whole(f'{{"choices": {choices}}}'.encode(), Answer())
 
 
 @pytest.mark.parametrize("lines", [[], ["data: {"], ["data: 3"], ['data: {"choices": [3]}', "data: [DONE]"]])

@@ -28,6 +28,9 @@ from longspan.evals.questions.scoring import score
 from longspan.evals.questions.setup import Setup
 from longspan.evals.questions.sources import Sources
 
+_MOST = 1_000_000
+"""Questions of one plan, which is kept in memory."""
+
 Told = Callable[[str], Tick]
 """Told what is being asked; returns what is told how far reading is."""
 
@@ -62,7 +65,8 @@ def plan(given: Given, askers: Callable[[int], Sequence[Asker]]) -> list[Asked]:
         askers: returns who is asked at a length.
 
     Raises:
-        UsageError: a setup that is none for a task, or an asker that can't measure what a task needs.
+        UsageError: a setup that is none for a task, an asker that can't measure what a task needs, or more questions
+            than a plan holds.
     """
     evaluation = given.evaluation
     given.setup.check(evaluation, given.tasks)
@@ -73,6 +77,8 @@ def plan(given: Given, askers: Callable[[int], Sequence[Asker]]) -> list[Asked]:
                 f"{each.identity.attention} gives no probability of a text, which {evaluation.name} measures: ask a "
                 "model that runs here, with an attention that keeps keys and values"
             )
+    if (count := given.questions * len(given.tasks) * sum(map(len, at.values()))) > _MOST:
+        raise UsageError(f"{count:,} questions are asked for at once: ask at most {_MOST:,}, with fewer --questions")
     found: dict[Key, Asked] = {}
     for number in range(given.questions):
         for length in given.lengths:

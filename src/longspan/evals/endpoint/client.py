@@ -254,7 +254,9 @@ def _checked(url: str) -> str:
     try:
         found = urlsplit(url)
         host, _ = found.hostname, found.port
-    except ValueError as error:
+        httpx2.URL(url)  # it refuses control characters
+        (host or "").encode("idna")  # as sockets do, with a UnicodeError: an empty part, or one that is too long
+    except (ValueError, httpx2.InvalidURL) as error:
         raise UsageError(f"--base-url {url!r} is no URL: {error}") from error
     if "@" in found.netloc:
         raise UsageError("--base-url has a user or password in it, which would be kept with the answers: leave it out")

@@ -88,12 +88,15 @@ def _add(event: dict[str, Any], answer: Answer) -> bool:
     if isinstance(event.get("usage"), dict):
         answer.usage = event["usage"]
     ended = False
-    for choice in event.get("choices") or ():
-        if not isinstance(choice, dict):
+    choices = event.get("choices") or []
+    for choice in choices if isinstance(choices, list) else [None]:
+        part: Any = choice
+        if isinstance(choice, dict):
+            part = choice.get("delta") or choice.get("message") or choice
+        if not isinstance(choice, dict) or not isinstance(part, dict):
             raise BrokenAnswerError("the answer has a choice that is no object")
-        part = choice.get("delta") or choice.get("message") or choice
         thought = part.get("reasoning_content") or part.get("reasoning")
-        text = part.get("content") or part.get("text") or ""
+        text = _said(part.get("content") or part.get("text") or "")
         if (text or thought) and not answer.first:
             answer.first = time.perf_counter() - answer.began
         if text or thought:
@@ -101,6 +104,17 @@ def _add(event: dict[str, Any], answer: Answer) -> bool:
         answer.text += text
         ended |= bool(choice.get("finish_reason"))
     return ended
+
+
+def _said(content: object) -> str:
+    """Return the text of a content, which some endpoints send as a list of parts (BrokenAnswerError: it has none)."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise BrokenAnswerError("the answer's content is no text")
 
 
 def _object(text: str) -> dict[str, Any]:
