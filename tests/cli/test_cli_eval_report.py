@@ -60,6 +60,7 @@ def test_a_run_alone_shows_its_tasks_and_keeps_the_report_beside_it(cli, runs):
     (runs / "sparse" / "report.html").unlink()
     code, out, err = cli("eval", "report", str(runs / "sparse" / "ruler.jsonl"))
     assert code == 0, err
+    assert "RULER, sparse: score in percent" in out, "several evals may stand below one another"
     assert [line.split()[0] for line in out.splitlines()[4:7]] == ["qa_1", "qa_2", "average"]
     assert (runs / "sparse" / "report.html").is_file() and f"report: {runs / 'sparse' / 'report.html'}" in err
 

@@ -59,7 +59,7 @@ def by_tasks(scores: Scores, who: Asked) -> Table:
     """Return the scores of one who was asked, a row for each task."""
     rows = [(task, _row(scores, who, task)) for task in scores.rows()]
     rows = [(name, row) for name, row in rows if any(value.text for value in row)]
-    caption = f"{scores.names[who]}: {scores.scale.words}, 95 % interval"
+    caption = f"{title(scores)}, {scores.names[who]}: {scores.scale.words}, 95 % interval"
     return Table(caption, _head(scores, "task"), rows, strong=AVERAGE)
 
 
