@@ -222,6 +222,16 @@ class Pages(RuleBasedStateMachine):
         else:
             plain.committed = plain.length
             plain.written, plain.fresh = plain.due(0)[1], 0
+            self.tail_is_cut(kv, plain)
+
+    def tail_is_cut(self, kv, plain):
+        """What a copy holds behind the last token is not saved, and has a part in how the page is written anew."""
+        last, filled = divmod(plain.length, PAGE)
+        if filled and last in plain.host:
+            name, parts = plain.host[last]
+            found = [kv.copies([last], what)[:, 0] for what in ("k", "v")]
+            parts = tuple(torch.cat([a[:, :filled], b[:, filled:]], 1) for a, b in zip(parts, found, strict=True))
+            plain.host[last] = name, parts
 
     @rule()
     def compact(self):
