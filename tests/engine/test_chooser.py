@@ -65,20 +65,29 @@ def test_sentences_are_ranked_by_words_where_no_head_looked(tiny):
     _, passages = chooser._cite(session, [Choice(0, 1.0, "lexical")], 1)
     found = chooser._sentences(session, torch.zeros(len(session.tokens)), passages)
     chosen = Chosen([], [], _weighed(session, found, "What code has the gate?"))
-    assert chosen.clear(session, 3) == ["The gate of the yard has a code."]
+    assert chosen.clear(session, 3, "What code has the gate?") == ["The gate of the yard has a code."]
 
 
 def test_a_sentence_that_stands_there_twice_is_told_once(tiny):
     session = session_of(tiny, "The ferry to Riga leaves at nine. " * 3 + "The gate of the yard has a code.")
     found = [Sentence(0, 34 * i, 34 * i + 33, 0.9) for i in range(3)] + [Sentence(0, 102, 134, 0.3)]
-    assert Chosen([], [], found).clear(session, 2) == [
+    assert Chosen([], [], found).clear(session, 2, "Who is there?") == [
         "The ferry to Riga leaves at nine.",
         "The gate of the yard has a code.",
     ]
-    assert Chosen([], [], found[:3] + [Sentence(0, 102, 134, 0.2)]).clear(session, 2) == [
+    assert Chosen([], [], found[:3] + [Sentence(0, 102, 134, 0.2)]).clear(session, 2, "Who is there?") == [
         "The ferry to Riga leaves at nine."
     ]
-    assert Chosen([], [], []).clear(session, 2) == []
+    assert Chosen([], [], []).clear(session, 2, "Who is there?") == []
+
+
+def test_a_sentence_with_every_word_of_the_question_is_read_alone(tiny):
+    session = session_of(tiny, "The gate of the yard has a code. The ferry to Riga leaves at nine.")
+    found = [Sentence(0, 0, 32, 0.9), Sentence(0, 33, 66, 0.8)]
+    chosen = Chosen([], [], found)
+    assert chosen.clear(session, 2, "Which code has the gate of the yard?") == ["The gate of the yard has a code."]
+    for other in ("Which code has the gate of Riga?", "Which code has the gate, and when does the ferry leave?"):
+        assert len(chosen.clear(session, 2, other)) == 2
 
 
 def test_neighbours_end_where_the_context_does(tiny):

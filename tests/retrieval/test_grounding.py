@@ -2,7 +2,7 @@
 
 import pytest
 
-from longspan.retrieval.grounding import support
+from longspan.retrieval.grounding import answers_alone, support
 
 SENTENCE = "The mascot of the Haifa rowing club is an otter."
 QUESTION = "What is the mascot of the Haifa rowing club?"
@@ -41,3 +41,11 @@ def test_yes_answers_no_question_for_something():
 
 def test_several_texts_count_together():
     assert support("Otter and goulash.", "What are they?", [SENTENCE, "They cook goulash."]) == 1.0
+
+
+def test_a_text_answers_alone_if_it_has_every_word_of_a_question_for_one_thing():
+    text = 'When a name is not found at all, a "NameError" exception is raised.'
+    assert answers_alone(text, "Which exception is raised when a name is not found at all?")
+    assert not answers_alone(text, "Which exception is raised when an index is not found?")
+    assert not answers_alone(text, "Which exception is raised, and when is the name found?")
+    assert not answers_alone(text, "Who or what?") and not answers_alone(text, "?")

@@ -19,6 +19,7 @@ from longspan.hf.model import CausalModel
 from longspan.kv.base import PAGE
 from longspan.retrieval import sentences
 from longspan.retrieval.choose import Choice, choose_pages, page_mass
+from longspan.retrieval.grounding import answers_alone
 from longspan.retrieval.heads import RetrievalHeads
 from longspan.retrieval.lexical import LexicalIndex
 from longspan.retrieval.sentences import Sentence
@@ -40,11 +41,15 @@ class Chosen:
     citations: list[Citation]
     sentences: list[Sentence]
 
-    def clear(self, session: Session, most: int) -> list[str]:
-        """Return the text of up to `most` sentences, best first, each once, without those far behind the best."""
+    def clear(self, session: Session, most: int, question: str) -> list[str]:
+        """Return the text of up to `most` sentences, best first, each once, without those far behind the best.
+
+        Where the best has every word of the question it stands alone: a small model is led astray by what is beside it.
+        """
         bar = _SHARE * self.sentences[0].mass if self.sentences else 0.0
         clear = (s for s in self.sentences if s.mass >= bar)
-        return list(dict.fromkeys(session.documents[s.document].text[s.start : s.end] for s in clear))[:most]
+        texts = list(dict.fromkeys(session.documents[s.document].text[s.start : s.end] for s in clear))[:most]
+        return texts[:1] if texts and answers_alone(texts[0], question) else texts
 
 
 class Chooser:

@@ -375,7 +375,7 @@ class LLM:
             context: Context = session.memory
             chosen = self.choose(question, session)
             answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
-            best = chosen.clear(session, quoting.MOST)
+            best = chosen.clear(session, quoting.MOST, question)
             if isinstance(context, IndexContext):
                 wanted = context.wanted
                 prompt, answer.read_again = rereading.prompt_again(self.model, wanted, session, chosen, question)

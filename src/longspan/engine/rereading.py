@@ -27,7 +27,7 @@ def prompt_again(
         ContextTooLongError: not even a part of the best passage fits beside the question.
     """
     if mechanism.focus:
-        best = chosen.clear(session, mechanism.focus)
+        best = chosen.clear(session, mechanism.focus, question)
         over = prompts.over_sentences
     else:
         best = [citation.text for citation in chosen.citations]

@@ -16,6 +16,8 @@ from longspan.retrieval.lexical import Stems
 _OPEN = re.compile(
     r"\b(what|which|who|whom|whose|where|when|how many|how much|how long|how old|how far)\b", re.IGNORECASE
 )
+_MORE = re.compile(rf"(?:\b(?:and|or)\b|[,;?])\s*(?:{_OPEN.pattern})", re.IGNORECASE)
+"""Where a question asks for a second thing."""
 
 _YES_NO = frozenset("yes no да нет ja nein oui non sí sì si sim não tak nie".split())
 """What answers a question without saying anything that could stand in a text."""
@@ -34,3 +36,15 @@ def support(answer: str, question: str, texts: Sequence[str]) -> float | None:
         return 0.0 if _OPEN.search(question) else None
     given = {stem for text in texts for stem in stems(text)}
     return len(new & given) / len(new)
+
+
+def answers_alone(text: str, question: str) -> bool:
+    """Return whether a text has every word of a question that asks for one thing: nothing beside it need be read.
+
+    A question that asks for more (who ..., and when?) may want what other sentences say.
+    """
+    if _MORE.search(question):
+        return False
+    stems = Stems("english")
+    asked = set(stems(_OPEN.sub(" ", question)))
+    return bool(asked) and asked <= set(stems(text))
