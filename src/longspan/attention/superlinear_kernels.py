@@ -123,7 +123,7 @@ def _chunk(
     batch, heads, count, dim = q.shape
     at = torch.arange(first, first + count, device=q.device)
     rotated = kv.queries_at(q, at)
-    near, near_lse = kv_window(rotated, kv, first, search.window, scale)
+    near, near_lse = _window(rotated, kv, k, first, search.window, scale)
     near, near_lse = _with_sinks(near, near_lse, q, rotated, kv, k, v, search, first, scale, moved)
     if not search.spans or not search.steps(first + count, q.device).numel():
         return near
@@ -143,13 +143,14 @@ def _chunk(
     return merge(near, near_lse, outs, lses, scores, joint=search.gate == "joint")
 
 
-def kv_window(rotated: Tensor, kv: LayerKV, first: int, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _window(rotated: Tensor, kv: LayerKV, k: Held, first: int, window: int, scale: float) -> tuple[Tensor, Tensor]:
     """Attend to the window: only the keys that it reaches are brought together."""
     from longspan.kernels.window_attention.triton_kernels import window_attention
 
     start, stop = max(0, first - window + 1), first + rotated.shape[2]
-    k = kv.keys_at_own_positions(start, stop) if kv.rotary is None else kv.keys_at_own_positions(0, stop)[:, :, start:]
-    return window_attention(rotated, k, kv.values(start, stop), window=window, scale=scale, out_dtype=rotated.dtype)
+    # Rotated keys are held as a tensor already: asked for again, a layer without a copy would rotate its whole past.
+    keys = kv.keys(start, stop) if kv.rotary is None else k.rows[:, :, start:stop]
+    return window_attention(rotated, keys, kv.values(start, stop), window=window, scale=scale, out_dtype=rotated.dtype)
 
 
 def _with_sinks(

@@ -84,7 +84,7 @@ class Held:
         return self.rows, self.table, codes, scales, 0, head, slot, token, self.table.stride(0), slots
 
     def repeated(self, times: int) -> Held:
-        """Return every sequence `times` times, one after the other, without copying a row."""
+        """Return every sequence `times` times, one after the other; only rows of several sequences are copied."""
         if times == 1:
             return self
         if self.table is not None:
