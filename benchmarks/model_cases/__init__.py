@@ -1,0 +1,1 @@
+"""What `benchmarks.model_kernels` times: one module a family of operations."""
