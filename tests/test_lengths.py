@@ -3,7 +3,7 @@
 import pytest
 
 from longspan.errors import UsageError
-from longspan.lengths import bytes_of, lengths_of, tokens_of
+from longspan.lengths import bytes_of, context_of, lengths_of, short, tokens_of
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,35 @@ def test_sizes_in_bytes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="8GiB"):
         bytes_of(text)
+
+
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("1", 1), ("8000", 8000), ("128K", 128_000), ("128Ki", 131_072), ("1.5M", 1_500_000), (" 1m ", 10**6),
+        ("1,000,000", 10**6), ("10_000", 10_000), ("2Mi", 2**21), ("0.5 Ki", 512), ("1G", 10**9), ("1.048576M", 2**20),
+    ],
+)  # fmt: skip
+def test_a_planned_context_is_read_in_decimal_or_binary_units(text, tokens):
+    assert context_of(text) == tokens
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "-1", "K", "1.5", "1.0001K", "1KB", "1e6", "nan", "inf", "many", "1.M", "1,00", "²", "٣", "9" * 40],
+)
+def test_what_is_no_context(text):
+    with pytest.raises(UsageError) as caught:
+        context_of(text)
+    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [1, 131, 1000, 4096, 128_000, 131_072, 10**6, 2**20, 1_500_000, 10**7, 262_144, 999])
+def test_a_context_is_written_as_it_is_read(tokens):
+    assert context_of(short(tokens)) == tokens
+
+
+def test_contexts_are_written_shortly():
+    assert [short(n) for n in (131_072, 128_000, 10**6, 2**20, 1_500_000, 12_345)] == [
+        "128Ki", "128K", "1M", "1Mi", "1.5M", "12.345K"
+    ]  # fmt: skip
