@@ -12,7 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from longspan.kernels.held import Held
-from longspan.kernels.span_attention import triton_kernels as spans
+from longspan.kernels.span_attention import launch as spans
 from longspan.kernels.superlinear import Search, triton_decode, triton_prefill
 from longspan.kernels.tiles import Tile
 
@@ -74,4 +74,11 @@ for tile in tiles:
         zeros(1, 2, 16 * queries, DIM), k, k, rows, rows, scale=0.1, order=order, out_dtype=torch.bfloat16,
         tile=tile, engine=HOPPER, beat=int(HOPPER),
     )  # fmt: skip
+if HOPPER:
+    slots = Held(zeros(2, pages, 64, DIM), table)
+    for held in (k, slots):
+        spans.span_attention(
+            zeros(1, 2, 16 * queries, DIM), held, held, rows, rows, scale=0.1, order=order, out_dtype=torch.bfloat16,
+            parted=True,
+        )  # fmt: skip
 print(json.dumps(taken))

@@ -12,7 +12,7 @@ from longspan.kernels.tiles import Tile
 from longspan.kernels.window_attention import reference, window_attention
 
 pytest.importorskip("triton")
-from longspan.kernels.window_attention import triton_kernels
+from longspan.kernels.window_attention import spans, triton_kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -89,6 +89,14 @@ def test_every_version_equals_a_loop_over_queries(size, dtype):
             close(found, wanted, TOLERANCE[dtype])
             again = triton_kernels.window_attention(q, k, v, window=window, scale=scale, tile=tile)
             assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+
+
+@pytest.mark.parametrize("size", SIZES[1:5], ids=str)
+def test_a_window_as_spans(size):
+    batch, kv_heads, group, queries, keys, window, dim, value_dim = size
+    q, k, v = inputs(batch, kv_heads, group, queries, keys, dim, value_dim, torch.float32)
+    found = spans.window_attention(q, k, v, window=window, scale=0.3, out_dtype=torch.float32)
+    close(found, loop(q, k, v, window, 0.3), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("size", [SIZES[1], (2, 2, 3, 21, 90, 40, 16, 16)], ids=str)

@@ -117,7 +117,7 @@ def _chunk(
         scale: what scores are multiplied by.
         moved: whether spans are read as if they stood directly before the window.
     """
-    from longspan.kernels.span_attention.triton_kernels import span_attention
+    from longspan.kernels.span_attention.launch import span_attention
     from longspan.kernels.superlinear.triton_prefill import merge, search_spans
 
     batch, heads, count, dim = q.shape
@@ -158,7 +158,7 @@ def _with_sinks(
     first: int, scale: float, moved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add the sinks that the window does not hold."""
-    from longspan.kernels.span_attention.triton_kernels import span_attention
+    from longspan.kernels.span_attention.launch import span_attention
     from longspan.kernels.superlinear.triton_prefill import merge
 
     batch, heads, count, dim = q.shape

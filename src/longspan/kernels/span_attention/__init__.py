@@ -33,13 +33,13 @@ def span_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend from every row to its span with the fastest version that serves; see `reference.span_attention`.
 
-    `order` saves that version the sorting of rows, where it is known already (`triton_kernels.span_attention`).
+    `order` saves that version the sorting of rows, where it is known already (`launch.span_attention`).
     """
     if serves(q) and not q.requires_grad:
-        from longspan.kernels.span_attention import triton_kernels
+        from longspan.kernels.span_attention import launch
 
         kind = out_dtype or torch.float32
-        return triton_kernels.span_attention(q, k, v, lo, hi, scale=scale, order=order, out_dtype=kind)
+        return launch.span_attention(q, k, v, lo, hi, scale=scale, order=order, out_dtype=kind)
     return reference.span_attention(q, k, v, lo, hi, scale=scale, out_dtype=out_dtype)
 
 

@@ -10,17 +10,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from longspan.kernels.engine import can_copy, described
-from longspan.kernels.held import MIXED, PAGE, PAGES, TENSOR, Held
 from longspan.kernels.held_triton import load_rows
-from longspan.kernels.tiles import Tile, hopper, roomy
 
-LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
 
 
@@ -91,7 +85,8 @@ def _walk(
 
 
 @triton.jit
-def _span_attention_kernel(
+def _tile(
+    i_tile, i_both,
     p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
     p_lo, p_hi, p_order, p_out, p_lse,
     s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
@@ -102,7 +97,7 @@ def _span_attention_kernel(
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
     SPARSE: tl.constexpr, TMA: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_both = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Attend with one tile of rows."""
     i_sequence, i_head = i_both // kv_heads, i_both % kv_heads
     o_sorted = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_sorted < rows
@@ -177,80 +172,56 @@ def _span_attention_kernel(
     tl.store(p_outs, b_out.to(p_out.dtype.element_ty), mask=m_row[:, None] & (o_dv < DV)[None, :])
 
 
-def span_attention(
-    q: Tensor, k: Tensor | Held, v: Tensor | Held, lo: Tensor, hi: Tensor, *, scale: float,
-    order: Tensor | None = None, out_dtype: torch.dtype = torch.float32, tile: Tile | None = None,
-    engine: bool | None = None, beat: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend from every row to the keys `lo .. hi`; arguments and results as in the reference, and beyond it:
-
-    Args:
-        q: `[B, H, R, D]`, or `[B, H, R / s, D]` where s neighbouring rows share one.
-        k: a tensor (maybe a view with strides of its own), or pages.
-        v: the same.
-        lo: int32 or int64 `[B, H, R]`.
-        hi: the same.
-        scale: as in the reference.
-        order: int64 `[B * H, R]`: the rows of each KV head, numbered through all of them, in an order in which
-            neighbours read nearly the same keys and those that read nothing come last; None: found here.
-        out_dtype: of the outputs.
-        tile: how the kernel is cut; None: as `forward_tile` says.
-        engine: whether Hopper's copy engine brings blocks of keys (TMA); None: where it can.
-        beat: about as many keys as most spans have, where rows are so few that the spans of tiles that run at the same
-            time are more than a GPU's cache holds; 0: no matter.
-    """
-    k = k if isinstance(k, Held) else Held(k if k.stride(-1) == 1 else k.contiguous())
-    v = v if isinstance(v, Held) else Held(v if v.stride(-1) == 1 else v.contiguous())
-    batch, heads, rows = lo.shape
-    dim, value_dim = q.shape[-1], v.dim
-    if scale <= 0:
-        q, scale = q * scale, 1.0  # the kernel takes the greatest product for the greatest score
-    out = torch.empty(batch, heads, rows, value_dim, dtype=out_dtype, device=q.device)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
-    if order is None:
-        order = torch.argsort(torch.where(lo <= hi, lo, torch.iinfo(lo.dtype).max), dim=-1).view(batch * heads, rows)
-        order = order + torch.arange(batch * heads, device=q.device).unsqueeze(1) * rows
-    q, lo, hi = q.to(k.rows.dtype).contiguous(), lo.contiguous(), hi.contiguous()
-    few = beat > 0 or max(k.kind, v.kind) != TENSOR
-    tile = tile or forward_tile(q.dtype, max(dim, value_dim), roomy(q.device), few)
-    k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
-    v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
-    engine = (hopper(q.device) if engine is None else engine) and all(_can_copy(held, tile.keys) for held in (k, v))
-    if engine:
-        k_codes, v_codes = described(k.rows, tile.keys), described(v.rows, tile.keys)
-    _span_attention_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
-        q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
-        lo, hi, order, out, lse, *k_strides, *v_strides, rows, heads, beat or 1, scale * LOG2_E,
-        D=dim, DV=value_dim,
-        B_D=max(16, triton.next_power_of_2(dim)), B_DV=max(16, triton.next_power_of_2(value_dim)),
-        BLOCK_R=tile.rows, BLOCK_N=tile.keys, SHARE=rows // q.shape[2], K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
-        # Few rows lie far apart: blocks that none of them reads are then passed over.
-        SPARSE=rows // tile.rows * 8192 < k.capacity, TMA=engine, TURNED=beat > 0,
-        num_warps=tile.warps, num_stages=tile.stages,
+@triton.jit
+def _span_attention_kernel(
+    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+    p_lo, p_hi, p_order, p_out, p_lse,
+    s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
+    s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
+    rows, kv_heads, beat, scale,
+    D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SHARE: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    SPARSE: tl.constexpr, TMA: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    _tile(
+        tl.program_id(0), tl.program_id(1).to(tl.int64),
+        p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+        p_lo, p_hi, p_order, p_out, p_lse,
+        s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
+        s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
+        rows, kv_heads, beat, scale,
+        D, DV, B_D, B_DV, BLOCK_R, BLOCK_N, SHARE, K_KIND, V_KIND, SHIFT, PRECISION, SPARSE, TMA, TURNED,
     )  # fmt: skip
-    return out, lse
 
 
-def forward_tile(dtype: torch.dtype, dim: int, roomy: bool, few: bool = False) -> Tile:
-    """Return the tile for keys of this type and head size.
-
-    Args:
-        dtype: of keys and values.
-        dim: head size.
-        roomy: whether the chip has much shared memory, or little.
-        few: whether two small programs beside each other serve better than one: where pages are looked up, which holds
-            copies back, and where rows are so few that a tile of twice the rows reads keys that few of them want.
-    """
-    if dtype == torch.float32:
-        return Tile(16, 16, 4, 1) if dim > 128 else Tile(32, 16, 4, 2)
-    if dim > 128:
-        return Tile(128, 32, 8, 2) if roomy else Tile(64, 32, 8, 2)
-    return Tile(128, 64, 8, 3) if roomy and not few else Tile(64, 64, 4, 2)
-
-
-def _can_copy(held: Held, keys: int) -> bool:
-    """Return whether the copy engine can bring blocks of `keys` rows."""
-    if held.kind == MIXED or not can_copy(held.rows):
-        return False
-    return held.kind != PAGES or (keys <= PAGE and held.rows.stride(1) == PAGE * held.rows.stride(2))
+@triton.jit
+def _marked_tiles_kernel(
+    p_marked, tiles,
+    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+    p_lo, p_hi, p_order, p_out, p_lse,
+    s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
+    s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
+    rows, kv_heads, beat, scale,
+    D: tl.constexpr, DV: tl.constexpr, B_D: tl.constexpr, B_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SHARE: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    SPARSE: tl.constexpr, TMA: tl.constexpr, TURNED: tl.constexpr,
+    B_M: tl.constexpr,
+):  # fmt: skip
+    """Attend with those of B_M tiles that are marked."""
+    i_first, i_both = tl.program_id(0) * B_M, tl.program_id(1).to(tl.int64)
+    p_marked += i_both * ((tiles + 1) // 2 * 2)  # two marks for each tile of the other kernel
+    o_m = i_first + tl.arange(0, B_M)
+    if tl.max(tl.load(p_marked + o_m, mask=o_m < tiles, other=0), 0) != 0:
+        for i_tile in tl.range(i_first, tl.minimum(i_first + B_M, tiles)):
+            if tl.load(p_marked + i_tile) != 0:
+                _tile(
+                    i_tile, i_both,
+                    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+                    p_lo, p_hi, p_order, p_out, p_lse,
+                    s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
+                    s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
+                    rows, kv_heads, beat, scale,
+                    D, DV, B_D, B_DV, BLOCK_R, BLOCK_N, SHARE, K_KIND, V_KIND, SHIFT, PRECISION, SPARSE, TMA, TURNED,
+                )  # fmt: skip

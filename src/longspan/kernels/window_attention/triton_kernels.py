@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.kernels.engine import can_copy, described
 from longspan.kernels.tiles import Tile, hopper, roomy
+from longspan.kernels.window_attention import spans
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
@@ -169,6 +170,8 @@ def window_attention(
     if scale <= 0:
         q, scale = q * scale, 1.0  # the kernel takes the greatest product for the greatest score
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(k.dtype), k, v))
+    if tile is None and engine is None and queries and spans.serves(q, k, v, out_dtype or torch.float32):
+        return spans.window_attention(q, k, v, window=window, scale=scale, out_dtype=out_dtype or torch.float32)
     out = torch.empty(batch, heads, queries, value_dim, dtype=out_dtype or torch.float32, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
