@@ -38,6 +38,7 @@ bench: $(STAMP)  ## speed against plain transformers, and needles, on this machi
 	$(BIN)/python -m longspan.evals.needle --lengths 4K,8K --json
 
 docs: $(STAMP)   ## regenerate tables and pictures in README and docs from benchmarks/results
+	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.pictures
 

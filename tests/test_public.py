@@ -45,6 +45,7 @@ def test_the_public_names():
         "__version__",
         "attend",
         "mechanisms",
+        "plan",
     ]
     for name in longspan.__all__:
         assert getattr(longspan, name) is not None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longspan.engine.llm import LLM
     from longspan.engine.sampler import SamplingParams
     from longspan.errors import LongspanError
+    from longspan.planner.plan import plan
     from longspan.sessions.session import Session
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "attend",
     "mechanisms",
+    "plan",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "Session": "longspan.sessions.session",
     "attend": "longspan.attention",
     "mechanisms": "longspan.attention",
+    "plan": "longspan.planner.plan",
 }
 
 

@@ -160,6 +160,7 @@ COMMANDS = [
     ["bench"],
     ["bench", "attention"],
     ["bench", "model"],
+    ["plan"],
 ]
 
 

@@ -14,9 +14,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longspan.errors import Cancelled, LongspanError, UsageError
+from longspan.errors import Cancelled, LongspanError, SaveError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,6 +63,14 @@ def write_json(value: Any) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def save(file: Path, text: str) -> None:
+    """Write a file that was asked for (SaveError: it can't be written)."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"can't write {file}: {error.strerror or error}") from error
 
 
 def write_rich(*what: RenderableType) -> None:

@@ -198,7 +198,7 @@ def attention(json: options.AsJson = False) -> None:
 
 def version(json: options.AsJson = False) -> None:
     """Show the versions of longspan and what it runs on."""
-    from longspan.cli.device import device
+    from longspan.planner.detected import device
 
     about = {
         "longspan": longspan.__version__,

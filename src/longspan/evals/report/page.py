@@ -111,7 +111,14 @@ class Section:
 
 
 def page(
-    title: str, about: str, facts: Sequence[tuple[str, str]], notes: Sequence[str], sections: Sequence[Section]
+    title: str,
+    about: str,
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    sections: Sequence[Section],
+    *,
+    made_by: str = "longspan eval report",
+    how: str = "How it was measured",
 ) -> str:
     """Return a page as HTML.
 
@@ -121,11 +128,13 @@ def page(
         facts: names and values: model, device, versions.
         notes: what the reader must know before the figures.
         sections: at least one.
+        made_by: the command, for the foot of the page.
+        how: the title over the facts.
     """
     links = "".join(f'<li><a href="#part-{i}">{_text(each.title)}</a></li>' for i, each in enumerate(sections))
-    nav = f'<nav aria-label="Evals"><ul>{links}</ul></nav>' if len(sections) > 1 else ""
+    nav = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(sections) > 1 else ""
     told = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
-    told = f'<section id="how"><h2>How it was measured</h2><dl>{told}</dl></section>\n' if told else ""
+    told = f'<section id="how"><h2>{_text(how)}</h2><dl>{told}</dl></section>\n' if told else ""
     warned = "".join(f"<p>{_text(note)}</p>" for note in notes)
     body = "".join(_section(f"part-{i}", each) for i, each in enumerate(sections))
     return (
@@ -134,7 +143,7 @@ def page(
         # An icon that is named is not asked for.
         f'<title>{_text(title)}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n'
         f"<header><h1>{_text(title)}</h1><p>{_text(about)}</p>{warned}{nav}</header>\n"
-        f"<main>\n{body}{told}</main>\n<footer>Made by longspan eval report.</footer>\n</body>\n</html>\n"
+        f"<main>\n{body}{told}</main>\n<footer>Made by {_text(made_by)}.</footer>\n</body>\n</html>\n"
     )
 
 

@@ -1,0 +1,70 @@
+"""`longspan plan` and its kin as commands: tables, JSON, pages, pictures, and errors in a line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_a_plan_is_told(cli) -> None:
+    code, out, err = cli("plan", "--model", "llama-3.1-70b", "--context", "1M", "--gpu", "h100", "--weights", "fp16")
+    assert (code, err) == (0, "")
+    assert "keys and values   327.7 GB" in out and "4.1 x 80.0 GB" in out
+    assert "does not fit" in out and "What to change" in out
+    assert "by benchmarks/results/attention-h100.json row" in out
+    code, out, _ = cli("plan", "--model", "llama-3.1-8b", "--context", "1M", "--gpu", "h100", "--gpus", "8")
+    assert "125,000 tokens, 8 compute steps, 7 passes" in out and "to spare" in out
+
+
+def test_a_plan_as_json(cli) -> None:
+    code, out, err = cli("plan", "--model", "qwen3-30b-a3b", "--context", "256Ki", "--gpu", "h200", "--json")
+    told = json.loads(out)
+    assert (code, err) == (0, "")
+    assert told["context"] == 262_144 and told["kv_bytes_per_token"] == 98_304
+    assert told["memory"]["kv"] == 98_304 * 262_144 and "max_context" not in told
+    assert told["decode_tokens_per_s"][0] < told["decode_tokens_per_s"][1]
+
+
+def test_longest_contexts(cli) -> None:
+    options = ("--model", "nemotron-3-nano-30b", "--gpu", "h100", "--max-context")
+    code, out, err = cli("plan", *options)
+    assert (code, err) == (0, "")
+    assert "superlinear" in out and "no limit" in out and "KV int4" in out
+    _, out, _ = cli("plan", *options, "--json")
+    found = {each["attention"]: each["longest"] for each in json.loads(out)["max_context"]}
+    assert found["streaming"]["bf16"] is None and found["dense"]["int4"] > found["dense"]["bf16"] > 2_000_000
+
+
+def test_a_page_and_a_picture(cli, home) -> None:
+    options = ("plan", "--model", "llama-3.1-8b", "--context", "1M", "--gpu", "h100")
+    code, _, err = cli(*options, "--html", "plan.html", "--out", "plan.png")
+    assert code == 0 and "page: plan.html" in err and "picture: plan.png" in err
+    page = (home / "plan.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml") == 4 and "does not fit" in page and "longspan plan" in page
+    assert "http" not in page.replace("https://www.nvidia.com", ""), "nothing is loaded from anywhere"
+    assert "<script" not in page
+    assert (home / "plan.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = cli(*options, "--html", "none/plan.html")
+    assert code == 1 and err.startswith("longspan: can't write none/plan.html") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--context", "much"], "128Ki"), (["--gpu", "h300"], "rtx5090"), (["--model", "llama"], "llama-3.1-8b"),
+        (["--network", "fast"], "8GiB"), (["--gpus", "0"], "gpus=0"), (["--kv", "fp9"], "int4"),
+        (["--attention", "quadratic"], "superlinear"),
+    ],
+)  # fmt: skip
+def test_nonsense_gets_a_line(cli, options: list[str], told: str) -> None:
+    code, out, err = cli("plan", "--model", "llama-3.1-8b", "--gpu", "h100", *options)
+    assert (code, out) == (2, "")
+    assert told in err and err.count("\n") == 1
+
+
+def test_a_folder_without_a_field(cli, home) -> None:
+    (home / "own").mkdir()
+    (home / "own" / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "vocab_size": 9}')
+    code, _, err = cli("plan", "--model", "own", "--gpu", "h100")
+    assert code == 1 and "'num_hidden_layers'" in err and err.count("\n") == 1
