@@ -26,6 +26,9 @@ from longspan.lengths import tokens_of
 
 CASES = {
     "norm": "benchmarks.model_cases.mamba",
+    "route": "benchmarks.model_cases.experts",
+    "experts": "benchmarks.model_cases.experts",
+    "gemv": "benchmarks.model_cases.experts",
 }
 """By name, the module whose function `cases(what, options)` yields it."""
 

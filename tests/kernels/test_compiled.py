@@ -43,3 +43,17 @@ def test_superlinears_kernels_fit(capability):
     assert wanted <= set(found)
     for name, taken in found.items():
         assert taken <= SHARED[capability], name
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_experts_kernels_fit(capability):
+    script = Path(__file__).with_name("compile_experts.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"_grouped_kernel", "_place_kernel", "_up_kernel", "_down_kernel", "_gemv_kernel"} <= set(found)
+    for name, taken in found.items():
+        assert taken <= SHARED[capability], name
