@@ -14,6 +14,7 @@ from longspan.evals.compress import Case, Outcome, Question, cases, row
 from longspan.evals.compress_ours import Ours, Readings, Way, within
 from longspan.evals.compress_report import COLUMNS, picture, table
 from longspan.evals.compress_run import Given, run
+from longspan.evals.compress_work import Copy
 from longspan.evals.haystack import prose
 from longspan.evals.journal import Journal
 from longspan.evals.together import continued
@@ -195,16 +196,21 @@ def test_a_run_is_kept_and_goes_on(tiny, asked, tmp_path):
 class Peers:
     """A peer whose every row is the same."""
 
-    name = "kvpress"
+    name, ended = "kvpress", False
 
-    def __init__(self, nll):
-        self.nll, self.asked = nll, []
+    def __init__(self, nll, fails=()):
+        self.nll, self.asked, self.fails = nll, [], fails
 
     def ask(self, asked):
         self.asked.append((asked["press"], asked["ratio"]))
-        count = len(asked["score"][1:]) and len(asked["score"][1])
+        if asked["press"] in self.fails:
+            raise UsageError("kvpress: it fell")
+        return {"cases": [self.case(each["score"]) for each in asked["cases"]]}
+
+    def case(self, score):
+        count = len(score[1:]) and len(score[1])
         scores = [{"nll": self.nll, "likeliest": []}, {"nll": 0.0, "likeliest": [0] * count}]
-        return {"bytes": 1, "scores": scores, "answers": [[0]]}
+        return {"bytes": 1, "scores": scores, "answer": [0]}
 
 
 def test_copies_of_a_peer_share_its_rows(tiny, asked):
@@ -217,8 +223,44 @@ def test_copies_of_a_peer_share_its_rows(tiny, asked):
         again = run(tiny, peers, given, asked, journal, lambda _: None)
     assert rows == again and len(rows) == 2 + 2 + 6
     assert [(r.who, r.way, r.ratio) for r in rows[4:]] == [("kvpress", p, r) for p in "abc" for r in (2.0, 4.0)]
-    told = [plan for peer in peers for plan in dict.fromkeys(peer.asked) if plan[0]]
+    told = [plan for peer in peers for plan in peer.asked if plan[0]]
     assert sorted(told) == sorted((p, r) for p in "abc" for r in (2.0, 4.0)), "each row once"
+
+
+def test_a_press_that_fails_is_left_out_and_a_peer_that_ended_is_told(tiny, asked):
+    nll = Ours(tiny, Way(make("dense"))).run(asked[1:], ())
+    peer, told = Peers(sum(outcome.nlls for outcome in nll) / len(nll), fails=("b",)), []
+    given = Given([], ["a", "b", "c"], [2.0], LENGTH, 3, {})
+    with Journal(None) as journal:
+        journal.begin({})
+        rows = run(tiny, [peer], given, asked, journal, told.append)
+        assert [r.way for r in rows[2:]] == ["a", "c"] and any("left out: b at 2: kvpress: it fell" in t for t in told)
+        peer.ended = True
+        with pytest.raises(UsageError, match="it fell"):
+            run(tiny, [peer], given, asked, journal, told.append)
+
+
+def test_copies_of_ours_measure_what_this_process_does(tiny, folder, asked):
+    given = Given(["snapkv", "streaming", "keydiff", "fp16"], (), [2.0, 3.0], LENGTH, 3, {})
+    dtype = str(tiny.dtype).removeprefix("torch.")
+    with Journal(None) as journal, Copy(str(folder), "cpu", dtype) as copy:
+        journal.begin({})
+        told = []
+        rows = run(tiny, (), given, asked, journal, told.append, [copy])
+        assert any("left out: fp16 at 3: " in line for line in told)
+    with Journal(None) as journal:
+        journal.begin({})
+        assert run(tiny, (), given, asked, journal, lambda _: None) == rows
+    assert [(r.way, r.ratio) for r in rows[1:]] == [(w, r) for w in given.ways for r in (2.0, 3.0)][: len(rows) - 1]
+
+
+def test_what_fails_in_a_copy_is_told_in_a_line(tiny, folder, asked):
+    with Copy(str(folder), "cpu", "float32") as copy:
+        copy.begin(LENGTH, asked, [[1, 2, 3]])
+        with pytest.raises(UsageError, match=r"a copy of longspan: unknown attention 'nobody'"):
+            copy.measure("nobody", 2.0)
+        options, outcomes = copy.measure("snapkv", 2.0)
+        assert options.startswith("snapkv") and len(outcomes) == len(asked)
 
 
 def test_when_the_time_is_over_nothing_is_begun_and_it_says_so(tiny, asked):

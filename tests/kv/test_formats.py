@@ -134,7 +134,7 @@ class Int4(formats.Format):
     scale_dtype = torch.float16
     bits = 4
 
-    def code_dim(self, dim):
+    def code_dim(self, what, dim):
         return dim // 2
 
     def scale_shape(self, what, dim):

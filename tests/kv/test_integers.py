@@ -13,7 +13,8 @@ from longspan.kv.base import PAGE
 from longspan.kv.pages import PagedKV, PagePool
 
 CPU = torch.device("cpu")
-NAMES = ("int8", "int4", "int2")
+NAMES = ("int8", "int4", "int3", "int2")
+UNLIKE = ["int2:keys=3,rotate=false", "int4:keys=8,rotate=false", "int8:keys=2,rotate=false"]
 PLAIN = [f"{name}:rotate=false,group={group}" for name in NAMES for group in (16, 32, 64)]
 LARGEST = torch.finfo(torch.bfloat16).max
 
@@ -36,7 +37,7 @@ def grouped(x, what, size):
 def through(made, x, what, dtype=torch.float32):
     codes, scales = made.encode(x, what)
     assert codes.dtype == torch.uint8 and scales.dtype == torch.bfloat16
-    assert codes.shape == (*x.shape[:3], made.code_dim(x.shape[3]))
+    assert codes.shape == (*x.shape[:3], made.code_dim(what, x.shape[3]))
     assert scales.shape == (*x.shape[:2], *made.scale_shape(what, x.shape[3]))
     back = made.decode(codes, scales, what, x.shape[3], dtype)
     assert back.shape == x.shape and back.dtype == dtype
@@ -46,7 +47,7 @@ def through(made, x, what, dtype=torch.float32):
 def check_bound(made, x, what):
     """Half a step in every group, whose step is at most a hair larger than what its span needs."""
     back = through(made, x, what, torch.float64)
-    levels = 2**made.bits - 1
+    levels = 2 ** (made.keys or made.bits if what == "k" else made.bits) - 1
     for group in grouped(x, what, made.group):
         place = tuple(torch.tensor(axis) for axis in zip(*group, strict=True))
         numbers, found = x[place].double(), back[place]
@@ -61,7 +62,7 @@ def check_bound(made, x, what):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    spec=st.sampled_from(PLAIN),
+    spec=st.sampled_from([*PLAIN, *UNLIKE]),
     what=st.sampled_from("kv"),
     dim=st.sampled_from([1, 3, 8, 33]),
     kind=st.sampled_from(["spread", "offset", "constant", "outlier", "tiny", "huge", "denormal", "two", "zero"]),
@@ -192,7 +193,7 @@ def test_what_is_written_again_does_not_drift():
         torch.testing.assert_close(again, once, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["fp16", "fp8", *NAMES, *PLAIN, "int4:group=64"])
+@pytest.mark.parametrize("spec", ["fp16", "fp8", *NAMES, *PLAIN, *UNLIKE, "int4:group=64"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (7, 3), (80, 33)])
 def test_bytes_are_those_of_the_tensors(spec, dims):
     made = formats.parse(spec)
@@ -210,13 +211,13 @@ def test_bytes_are_those_of_the_tensors(spec, dims):
 
 
 def test_bits_of_a_number_with_its_part_of_steps_and_centres():
-    bits = {spec: 8 * formats.parse(spec).number_bytes(64, 64) for spec in ("int8", "int4", "int2", "int4:group=64")}
-    assert bits == {"int8": 9.0, "int4": 5.0, "int2": 3.0, "int4:group=64": 4.5}
+    wanted = {"int8": 9.0, "int4": 5.0, "int3": 4.0, "int2": 3.0, "int4:group=64": 4.5, "int2:keys=3": 3.5}
+    assert {spec: 8 * formats.parse(spec).number_bytes(64, 64) for spec in wanted} == wanted
 
 
 def test_single_tokens_are_read_as_whole_pages_are():
-    for spec in NAMES:
-        pool = PagePool(2, 8, 40, torch.float32, CPU, kv_format=f"{spec}:residual=0,sinks=0")
+    for spec in (*(f"{name}:" for name in NAMES), "int2:keys=3,"):
+        pool = PagePool(2, 8, 40, torch.float32, CPU, kv_format=f"{spec}residual=0,sinks=0")
         kv = PagedKV(pool)
         gen = torch.Generator().manual_seed(7)
         kv.append(torch.randn(1, 2, 5 * PAGE, 8, generator=gen), torch.randn(1, 2, 5 * PAGE, 40, generator=gen))
@@ -233,7 +234,8 @@ def test_specifications_say_what_they_make():
     made = formats.parse(" int4:group=64, rotate=false ,sinks=0")
     assert (made.group, made.rotate, made.sinks, made.residual) == (64, False, 0, 128)
     assert formats.parse(made.describe()) == made and made.describe() == "int4:sinks=0,group=64,rotate=false"
-    assert made.coding == "int4:group=64,rotate=false" == formats.parse("int4:group=64,rotate=false,residual=7").coding
+    assert made.coding == formats.parse("int4:group=64,rotate=false,residual=7").coding
+    assert made.coding == "int4:group=64,rotate=false,keys=0" and formats.parse(made.coding).coding == made.coding
     assert formats.parse("int4") is formats.named("int4") and formats.named("int4").describe() == "int4"
     assert formats.format_of("int4:rotate=FALSE", torch.bfloat16).rotate is False
 
@@ -241,8 +243,9 @@ def test_specifications_say_what_they_make():
 @pytest.mark.parametrize(
     "spec,told",
     [
-        ("int3", "unknown KV format 'int3': use one of auto, fp32, .*int2"),
-        ("int4:grup=3", r"KV format 'int4' has no option 'grup'; its options: group, residual, rotate, sinks"),
+        ("int5", "unknown KV format 'int5': use one of auto, fp32, .*int2"),
+        ("int4:keys=5", "keys=5 of KV format 'int4' is unknown: use one of 2, 3, 4, 8"),
+        ("int4:grup=3", r"KV format 'int4' has no option 'grup'; its options: group, keys, residual, rotate, sinks"),
         ("int4:group=33", "group=33 of KV format 'int4' is unknown: use one of 16, 32, 64"),
         ("int4:group", "written name=value"),
         ("int4:group=32,group=64", "given twice"),

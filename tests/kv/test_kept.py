@@ -334,6 +334,7 @@ def test_a_smaller_format_does_not_round_again_whenever_rows_move(monkeypatch, a
     for step in range(40):
         gap = step % 5
         one.keep([torch.cat([torch.arange(gap), torch.arange(gap + 1, group.held)]).expand(HEADS, -1)])
+        one.settle()
     full = group.held // PAGE * PAGE
     wanted = k[0, 0, group.positions()[0, :full]]
     error = (group.pages.keys(0, full)[0, 0] - wanted).abs() / wanted.abs()

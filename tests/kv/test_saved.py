@@ -123,7 +123,11 @@ def test_copies_in_every_format_come_back_and_name_what_their_codes_mean():
     kv.demote([0, 1, 2], "int2", keep_exact=True)
     kv.demote([2, 3], "summary", keep_exact=True)
     saved = kv.tensors("")
-    assert {"host.pages", "host.int8:group=64,rotate=true.pages", "int2:group=32,rotate=true.pages"} < set(saved)
+    assert {
+        "host.pages",
+        "host.int8:group=64,rotate=true,keys=0.pages",
+        "int2:group=32,rotate=true,keys=0.pages",
+    } < set(saved)
     other.restore("", LENGTH, saved)
     assert [other.resolution(page) for page in range(7)] == [kv.resolution(page) for page in range(7)]
     assert torch.equal(other.keys(0, 2 * PAGE), kv.keys(0, 2 * PAGE))

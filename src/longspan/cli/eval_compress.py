@@ -43,6 +43,7 @@ def compress(
     peer_jobs: Annotated[
         int, typer.Option("--peer-jobs", metavar="N", help="Copies of the peer that work side by side.")
     ] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", help="Processes that measure ours side by side.")] = 1,
     presses: Annotated[
         str, typer.Option("--presses", metavar="NAMES", help="The peer's methods, spaces between; or all.")
     ] = "all",
@@ -74,8 +75,8 @@ def compress(
     wanted = _ratios(ratios)
     if min(questions, texts, following, greedy, answer) < 1 or following < 2:
         raise UsageError("--questions, --texts, --greedy and --answer need at least 1, --tokens at least 2")
-    if peer_jobs < 1 or (minutes is not None and not minutes > 0):
-        raise UsageError("--peer-jobs needs at least 1, and --minutes more than 0")
+    if min(jobs, peer_jobs) < 1 or (minutes is not None and not minutes > 0):
+        raise UsageError("--jobs and --peer-jobs need at least 1, and --minutes more than 0")
     if peer is not None and peer_python is None:
         raise UsageError(f"--peer {peer} runs in an environment of its own: name its interpreter with --peer-python")
     with Progress() as progress, contextlib.ExitStack() as stack:
@@ -83,6 +84,7 @@ def compress(
         from longspan.evals.compress import cases, folder_of
         from longspan.evals.compress_report import COLUMNS, table
         from longspan.evals.compress_run import PRESSES, WAYS, Given, run
+        from longspan.evals.compress_work import Copy
         from longspan.evals.environment import environment
         from longspan.evals.journal import in_folder
         from longspan.evals.questions.making import named
@@ -95,13 +97,13 @@ def compress(
         where, dtype = llm.model.device, str(llm.model.dtype).removeprefix("torch.")
         about = environment(where, "eval compress", sys.argv[3:]) | {"model": llm.model.name, "dtype": dtype}
         about["command"] = about["command"].replace("python -m", "longspan", 1)
+        copies = [stack.enter_context(Copy(llm.model.name, str(where), dtype)) for _ in range(jobs - 1)]
         peers = []
         if peer is not None and peer_python is not None:
             folder = folder_of(llm.model) if peer_model is None else Path(peer_model)
             progress.busy(f"starting {peer}")
             for _ in range(peer_jobs):
                 peers.append(stack.enter_context(Peer(peer, Path(peer_python), folder, [dtype, str(where)])))
-            about[peer] = peers[0].about
         progress.busy("making questions")
         asked = cases(llm.model, text, tokens, names, questions, texts, following, seed=seed, longest_answer=answer)
         of = {
@@ -114,9 +116,11 @@ def compress(
             PRESSES.get(peer or "", ()) if presses.strip() == "all" else presses.split(),
             wanted, tokens, greedy, of, minutes,
         )  # fmt: skip
+        if peers:
+            about[peers[0].name] = peers[0].about
         journal.begin(about)
         try:
-            rows = [asdict(row) for row in run(llm.model, peers, given, asked, journal, progress.say)]
+            rows = [asdict(row) for row in run(llm.model, peers, given, asked, journal, progress.say, copies)]
         except (KeyboardInterrupt, Cancelled) as error:
             again = f"the same command goes on from {out}" if out else "nothing is kept without --out FOLDER"
             raise Cancelled(f"stopped: {again}") from error

@@ -78,6 +78,8 @@ class KeptLayers:
         budget.require(sum(kv.least_bytes for kv in self.layers), f"one page for each of {sizes.layers} layers")
         self.whole = mechanism.per_question
         """Whether documents are kept as a whole, and evicting is left to copies of these layers."""
+        self.settles = True
+        """Whether rows are written down in the format once a document was read (`KeptKV.settle`)."""
         self._below = self.whole and tiers is not None
 
     @classmethod
@@ -130,6 +132,7 @@ class KeptLayers:
         rows = self._rows_left(chunk)
         for kv in self.layers:
             self._evict(kv, length, 0, rows, chunk)
+        self._settle()
 
     def shrink(self, length: int, nbytes: int) -> None:
         """Evict once, after all was read, so that all layers take at most so many bytes, positions among them.
@@ -147,6 +150,7 @@ class KeptLayers:
         for kv, keep in zip(self.layers, rows, strict=True):
             if kv.total > keep * kv.kv_heads:
                 self.mechanism.within(keep, length).evict(kv, keep, unit=PAGE)
+        self._settle()
 
     def asked(self, count: int, length: int) -> KeptLayers:
         """Return a copy that shares every page, on which a question of `count` tokens is read after `length` others.
@@ -155,6 +159,8 @@ class KeptLayers:
         """
         other = self.fork(self.budget)
         other.mechanism, other.whole = self.mechanism.asked(count, length + count), False
+        # Its rows were rounded with the document's; for the time of a question they are not rounded again.
+        other.settles = False
         return other
 
     def reader(self, *, learn: bool) -> Reader:
@@ -182,6 +188,11 @@ class KeptLayers:
                 kv.free()
             raise
         return other
+
+    def _settle(self) -> None:
+        if self.settles:
+            for kv in self.layers:
+                kv.settle()
 
     def _rows_left(self, chunk: int) -> int | None:
         """Return how many rows a head may hold, on average, within the bytes that are left; None: any number."""

@@ -114,27 +114,23 @@ class Theirs:
 
     def run(self, cases: Sequence[Case], continuations: Sequence[Sequence[int]]) -> list[Outcome]:
         """See `Runner`."""
-        return [self._one(case, continuation) for case, continuation in paired(cases, continuations)]
+        asked = [self._asked(case, continuation) for case, continuation in paired(cases, continuations)]
+        found = self.peer.ask({"press": self.press, "ratio": self.ratio, "cases": asked})["cases"]
+        return [self._outcome(case, each) for case, each in zip(cases, found, strict=True)]
 
-    def _one(self, case: Case, continuation: Sequence[int]) -> Outcome:
-        asked: dict[str, Any] = {
-            "press": self.press,
-            "ratio": self.ratio,
-            "tokens": case.tokens,
-            "score": [],
-            "ask": [],
-        }
+    def _asked(self, case: Case, continuation: Sequence[int]) -> dict[str, Any]:
+        if (wanted := case.question) is not None:
+            ask = {"tokens": wanted.tokens, "max_tokens": wanted.max_tokens, "outputs": wanted.outputs}
+            return {"tokens": case.tokens, "score": [], "ask": ask}
+        second = [[case.follows[0], *continuation[:-1]]] if continuation else []
+        return {"tokens": case.tokens, "score": [list(case.follows), *second], "ask": None}
+
+    def _outcome(self, case: Case, found: dict[str, Any]) -> Outcome:
         if case.question is not None:
-            wanted = case.question
-            asked["ask"] = [{"tokens": wanted.tokens, "max_tokens": wanted.max_tokens, "outputs": wanted.outputs}]
-            found = self.peer.ask(asked)
-            return Outcome(found["bytes"], answer=self.model.decode(found["answers"][0]))
-        asked["score"] = [list(case.follows)]
-        if continuation:
-            asked["score"].append([case.follows[0], *continuation[:-1]])
-        found = self.peer.ask(asked)
-        likeliest = tuple(found["scores"][1]["likeliest"]) if continuation else ()
-        return Outcome(found["bytes"], nlls=found["scores"][0]["nll"], likeliest=likeliest)
+            return Outcome(found["bytes"], answer=self.model.decode(found["answer"]))
+        first, *second = found["scores"]
+        likeliest = tuple(second[0]["likeliest"]) if second else ()
+        return Outcome(found["bytes"], nlls=first["nll"], likeliest=likeliest)
 
 
 def paired(cases: Sequence[Case], continuations: Sequence[Sequence[int]]) -> Iterator[tuple[Case, Sequence[int]]]:

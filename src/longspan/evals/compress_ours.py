@@ -73,6 +73,8 @@ class Readings:
                 context.kept.shrink(len(tokens), allowed)
         else:
             context = self._whole(whole, way.kv_format, tokens).fork()
+            assert context.kept is not None, "what evicts has layers of its own kind"
+            context.kept.settles = True
             context.evict_by(cast("Evicting", mechanism), allowed)
         return context
 
@@ -83,8 +85,10 @@ class Readings:
                 context.free()
             self._of, self._known = (mechanism, kv_format), {}
         if key not in self._known:
-            self._known[key] = KVContext(self.model, mechanism, kv_format=kv_format)
-            self._known[key].extend(tokens)
+            self._known[key] = context = KVContext(self.model, mechanism, kv_format=kv_format)
+            assert context.kept is not None, "what evicts has layers of its own kind"
+            context.kept.settles = False  # each copy writes down what it keeps
+            context.extend(tokens)
         return self._known[key]
 
 
@@ -245,6 +249,8 @@ def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None
     blank = torch.zeros(1, sizes.kv_heads, rows, sizes.head_dim, dtype=model.dtype, device=model.device)
     layer.append(blank, blank)
     layer.commit()
+    if isinstance(layer, KeptKV):
+        layer.settle()
     layer.drop(*dropped)
     # A trial's own positions are not those of rows that were evicted: the cost counts them.
     pages = layer.page_bytes if isinstance(layer, KeptKV) else layer.nbytes

@@ -1,18 +1,24 @@
-"""Runs a comparison of ways to compress: what a journal does not hold yet, way by way, and tells how far it is."""
+"""Runs a comparison of ways to compress: what a journal does not hold yet, way by way, and tells how far it is.
+
+Ways come in the order they are given, so that a run that ends early has measured the first of them. Who measures:
+`compress_work.py` (ours), `peers/` (theirs).
+"""
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from longspan.attention import make
 from longspan.errors import UsageError
 from longspan.evals.compress import DENSE, Case, Outcome, Row, Theirs, row
-from longspan.evals.compress_ours import Ours, Readings, Way, within
+from longspan.evals.compress_ours import Ours, Way
+from longspan.evals.compress_work import Copy, Here, Measurer, Presses
 from longspan.evals.journal import Journal
 from longspan.evals.progress import duration
 from longspan.hf.model import CausalModel
@@ -65,11 +71,13 @@ def run(
     cases: Sequence[Case],
     journal: Journal,
     tell: Callable[[str], None],
+    copies: Sequence[Copy] = (),
 ) -> list[Row]:
     """Return a row a way and ratio, dense first; those of the journal are not measured again.
 
-    Peers (copies of one, each a process) work side by side with ours, a row each at a time. A way that can't keep so
-    little is left out and named; so is, once the time is over, what was not reached.
+    Peers (copies of one, each a process) work side by side with ours, a row each at a time; so do copies of ours, a way
+    each. A way that can't keep so little, or fails, is left out and named; so is, once the time is over, what was not
+    reached.
     """
     rows = {
         (r["who"], r["way"], r["ratio"]): Row(**{**r, "text_nlls": tuple(r.get("text_nlls", ()))})
@@ -87,48 +95,86 @@ def run(
             follows = board.continuations(dense)
             board.take(plan, "dense", runner.run(cases, follows))
         _alike([row for key, row in rows.items() if key in first])
+    own = [[plan for plan in ours if plan[1] == way and plan not in rows] for way in dict.fromkeys(given.ways)]
     waiting = [plan for plan in theirs if plan not in rows]
-    if waiting or any(plan not in rows for plan in ours):
-        follows = board.continuations(dense)
-    found: queue.SimpleQueue[tuple[Plan, list[Outcome]] | BaseException | None] = queue.SimpleQueue()
-    still = iter(waiting)
-    lock = threading.Lock()
-
-    def work(peer: Peer) -> None:
-        try:
-            while not board.late:
-                with lock:
-                    plan = next(still, None)
-                if plan is None:
-                    break
-                found.put((plan, Theirs(peer, model, plan[1], plan[2]).run(cases, follows)))
-        except BaseException as error:  # told where rows are taken
-            found.put(error)
-        found.put(None)
-
-    working = list(peers) if waiting else []
-    for peer in working:
-        threading.Thread(target=work, args=(peer,), daemon=True).start()
-    readings, ended = Readings(model), 0
-    for plan in ours:
-        if board.late:
-            break
-        if plan in rows:
-            continue
-        try:
-            way = within(model, plan[1], plan[2], given.length)
-        except UsageError as error:
-            board.leave_out(plan, error)
-            continue
-        board.take(plan, way.describe(), Ours(model, way, readings).run(cases, follows))
-        while not found.empty():
-            ended += board.taken(found.get())
-    while ended < len(working):
-        ended += board.taken(found.get())
+    if waiting or any(own):
+        _measured(model, peers, copies, own, waiting, board, board.continuations(dense))
     missing = [plan for plan in [*ours, *theirs] if plan not in rows and plan not in board.left_out]
     if missing:
         tell(f"{len(missing)} rows were not reached in {given.minutes:g} minutes: the same command goes on from --out")
     return [rows[plan] for plan in [*first, *ours, *theirs] if plan in rows]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a process found of one plan."""
+
+    plan: Plan
+    options: str = ""
+    outcomes: Sequence[Outcome] = ()
+    error: UsageError | None = None
+    """Why there are none."""
+
+
+def _measured(
+    model: CausalModel,
+    peers: Sequence[Peer],
+    copies: Sequence[Copy],
+    own: Sequence[Sequence[Plan]],
+    theirs: Sequence[Plan],
+    board: _Board,
+    follows: Sequence[Sequence[int]],
+) -> None:
+    """Measure plans, each group of `own` (the ratios of one way) by one process, and put them on the board."""
+    cases, length = board.cases, board.given.length
+    found: queue.SimpleQueue[_Found | BaseException | None] = queue.SimpleQueue()
+    lock = threading.Lock()
+    ways, presses = iter([group for group in own if group]), iter([[plan] for plan in theirs])
+
+    def following(groups: Iterator[Sequence[Plan]]) -> Iterator[Plan]:
+        """Yield plans while there is time, those of a group all to the same caller."""
+        while True:
+            with lock:
+                group = next(groups, ())
+            for plan in group:
+                if board.late:
+                    return
+                yield plan
+            if not group:
+                return
+
+    def work(groups: Iterator[Sequence[Plan]], measurer: Measurer, begin: Callable[[], object]) -> None:
+        try:
+            begin()
+            for plan in following(groups):
+                found.put(_measure(measurer, plan))
+        except BaseException as error:  # told where rows are taken
+            found.put(error)
+        found.put(None)
+
+    workers: list[tuple[Iterator[Sequence[Plan]], Measurer, Callable[[], object]]] = [
+        (presses, Presses(peer, model, cases, follows), lambda: None) for peer in (peers if theirs else ())
+    ]
+    workers += [(ways, copy, functools.partial(copy.begin, length, cases, follows)) for copy in copies]
+    for worker in workers:
+        threading.Thread(target=work, args=worker, daemon=True).start()
+    here, left = Here(model, length, cases, follows), len(workers)
+    for plan in following(ways):
+        board.found(_measure(here, plan))
+        while not found.empty():
+            left -= board.found(found.get())
+    while left:
+        left -= board.found(found.get())
+
+
+def _measure(measurer: Measurer, plan: Plan) -> _Found:
+    """Return what came of a plan, or why it is left out; what ended the whole process is raised."""
+    try:
+        return _Found(plan, *measurer.measure(plan[1], plan[2]))
+    except UsageError as error:
+        if measurer.ended:
+            raise
+        return _Found(plan, error=error)
 
 
 class _Board:
@@ -162,14 +208,16 @@ class _Board:
         self.left_out.add(plan)
         self.passed += 1
 
-    def taken(self, found: tuple[Plan, list[Outcome]] | BaseException | None) -> int:
-        """Take what a peer's thread found; 1: it has ended."""
+    def found(self, found: _Found | BaseException | None) -> int:
+        """Take what a process found; 1: it has ended."""
         if isinstance(found, BaseException):
             raise found
         if found is None:
             return 1
-        (_, press, ratio), outcomes = found
-        self.take(found[0], f"{press} compression_ratio={1 - 1 / ratio:g}", outcomes)
+        if found.error is not None:
+            self.leave_out(found.plan, found.error)
+        else:
+            self.take(found.plan, found.options, found.outcomes)
         return 0
 
     def take(self, plan: Plan, options: str, outcomes: Sequence[Outcome]) -> None:

@@ -36,7 +36,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     bits: ClassVar[int]
-    """Bits of one number, scales left out."""
+    """Bits of one number (of a value, where keys differ), scales left out."""
     code_dtype: ClassVar[torch.dtype]
     scale_dtype: ClassVar[torch.dtype] = torch.float32
     error: ClassVar[float] = 0.0
@@ -52,8 +52,8 @@ class Format(ABC):
                 raise UsageError(f"{option}={getattr(self, option)} of KV format {self.name!r} must be 0 or more")
 
     @abstractmethod
-    def code_dim(self, dim: int) -> int:
-        """Return how many codes one row of D numbers takes (C)."""
+    def code_dim(self, what: str, dim: int) -> int:
+        """Return how many codes one row of D numbers of `k` or `v` takes (C)."""
 
     @abstractmethod
     def scale_shape(self, what: str, dim: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class Format(ABC):
     def page_bytes(self, what: str, heads: int, dim: int) -> int:
         """Return the bytes of one page of `k` or `v`, scales included."""
         rows, columns = self.scale_shape(what, dim)
-        codes = PAGE * self.code_dim(dim) * self.code_dtype.itemsize
+        codes = PAGE * self.code_dim(what, dim) * self.code_dtype.itemsize
         return heads * (codes + rows * columns * self.scale_dtype.itemsize)
 
     def number_bytes(self, dim: int, value_dim: int) -> float:
@@ -110,7 +110,7 @@ _WHEN = ("residual", "sinks")
 class FloatFormat(Format):
     """Numbers in a float type, without scales; what lies beyond its range becomes its largest number."""
 
-    def code_dim(self, dim: int) -> int:
+    def code_dim(self, what: str, dim: int) -> int:
         """See `Format`."""
         return dim
 
@@ -180,7 +180,7 @@ class Float8(Format):
     error = 0.026
     _GREATEST = 448.0
 
-    def code_dim(self, dim: int) -> int:
+    def code_dim(self, what: str, dim: int) -> int:
         """See `Format`."""
         return dim
 

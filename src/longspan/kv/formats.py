@@ -2,7 +2,7 @@
 
 A specification is a name and options as one word, `int4:group=32,residual=128` (`specs.py`). A name without options
 stands for one and the same object, wherever it is asked for. How numbers are written down: `encodings.py` (float types,
-fp8) and `integers.py` (int8, int4, int2).
+fp8) and `integers.py` (int8, int4, int3, int2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from longspan import specs
 from longspan.errors import UnknownNameError, UsageError
 from longspan.kv.encodings import BFloat16, Float8, Float8Again, Float16, Float32, Float64, Format
-from longspan.kv.integers import Int2, Int4, Int8
+from longspan.kv.integers import Int2, Int3, Int4, Int8
 
 _FORMATS: dict[str, Format] = {}
 AUTO = "auto"
@@ -28,7 +28,7 @@ def register(made: Format) -> None:
     _FORMATS[made.name] = made
 
 
-for _made in (Float64(), Float32(), Float16(), BFloat16(), Float8(), Float8Again(), Int8(), Int4(), Int2()):
+for _made in (Float64(), Float32(), Float16(), BFloat16(), Float8(), Float8Again(), Int8(), Int4(), Int3(), Int2()):
     register(_made)
 
 

@@ -12,7 +12,11 @@ number is too large or too small for its group.
 
 `rotate` mixes the channels of each key by a Hadamard matrix first (QuaRot, arXiv 2404.00456), and back when it is read:
 rotary embedding comes between a kept key and the query, so that neither could stay rotated. Values are not rotated: it
-gained nothing there (docs/kv_formats.md).
+gained nothing there (docs/kv_formats.md). Keys may have more bits than values (`keys`): at the same bytes that loses
+less than the same bits for both.
+
+Numbers of 2 and 4 bits share bytes, neighbouring channels from the low bits up. Of 3 bits, the two low ones of all
+channels come first, in the same way, then the high ones.
 
 A NaN makes its group NaN, and with `rotate` those of its key: a query that reads it shall say so, and no other group
 changes. Infinity becomes the page's largest finite magnitude.
@@ -34,11 +38,13 @@ from longspan.kv.encodings import Format
 
 _LARGEST = torch.finfo(torch.bfloat16).max
 _GROUPS = (16, 32, 64)
+_PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""How many bits of each number are packed together, the low ones first."""
 
 
 @dataclass(frozen=True)
 class Integers(Format):
-    """Numbers in 8, 4 or 2 bits; those below 8 share bytes, neighbouring channels from the low bits up."""
+    """Numbers in 8, 4, 3 or 2 bits."""
 
     residual: int = 128
     sinks: int = 64
@@ -46,6 +52,8 @@ class Integers(Format):
     """Numbers that share a step and a centre: tokens of a page for keys, channels for values."""
     rotate: bool = True
     """Whether the channels of a key are mixed before it is quantised."""
+    keys: int = 0
+    """Bits of one number of a key; 0: as many as of a value."""
 
     code_dtype: ClassVar[torch.dtype] = torch.uint8
     scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
@@ -57,14 +65,21 @@ class Integers(Format):
             allowed = ", ".join(map(str, _GROUPS))
             raise UsageError(f"group={self.group} of KV format {self.name!r} is unknown: use one of {allowed}")
 
-    @property
-    def levels(self) -> int:
-        """The greatest code (L)."""
-        return int(2**self.bits - 1)
+        if self.keys not in (0, *_PARTS):
+            allowed = ", ".join(map(str, _PARTS))
+            raise UsageError(f"keys={self.keys} of KV format {self.name!r} is unknown: use one of {allowed}")
 
-    def code_dim(self, dim: int) -> int:
+    def bits_of(self, what: str) -> int:
+        """Return the bits of one number of `k` or `v`."""
+        return self.keys if what == "k" and self.keys else self.bits
+
+    def levels(self, what: str) -> int:
+        """Return the greatest code of `k` or `v` (L)."""
+        return int(2 ** self.bits_of(what) - 1)
+
+    def code_dim(self, what: str, dim: int) -> int:
         """See `Format`: bytes."""
-        return -(-dim * self.bits // 8)
+        return sum(-(-dim * bits // 8) for bits in _PARTS[self.bits_of(what)])
 
     def scale_shape(self, what: str, dim: int) -> tuple[int, int]:
         """See `Format`: steps, then centres."""
@@ -80,18 +95,19 @@ class Integers(Format):
             lacking = -dim % self.group
             groups = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], lacking)], -1) if lacking else x
             groups = groups.unflatten(3, (-1, self.group))  # [Hkv, n, PAGE, G, group]
-        step, centre = self._fit(groups)
-        codes = self._codes(groups, step, centre).nan_to_num(0.0).to(torch.uint8)
+        levels = self.levels(what)
+        step, centre = self._fit(groups, levels)
+        codes = _codes(groups, step, centre, levels).nan_to_num(0.0).to(torch.uint8)
         codes = codes.transpose(3, 4).flatten(2, 3) if what == "k" else codes.flatten(3)[..., :dim]
         scales = torch.cat([step, centre], -2).squeeze(-1).to(self.scale_dtype)
-        return self._pack(codes), scales
+        return _pack(codes, self.bits_of(what)), scales
 
     def decode(self, codes: Tensor, scales: Tensor, what: str, dim: int, dtype: torch.dtype) -> Tensor:
         """See `Format`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         step, centre = scales.to(wide).chunk(2, -1)
-        base = centre - step * (self.levels / 2)
-        numbers = self._unpack(codes, dim).to(wide)
+        base = centre - step * (self.levels(what) / 2)
+        numbers = _unpack(codes, dim, self.bits_of(what)).to(wide)
         groups = numbers
         if codes.shape[:-1] != scales.shape[:-1]:  # whole pages, and several tokens to a row of scales
             groups = groups.unflatten(-2, (scales.shape[-2], -1))
@@ -118,39 +134,11 @@ class Integers(Format):
         x = x.clamp(-finite, finite)
         return hadamard.rotate(x).clamp(-_LARGEST, _LARGEST) if turned else x
 
-    def _fit(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def _fit(self, groups: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         """Return steps and centres `[..., 1]` of groups `[..., group]`."""
         low, high = groups.aminmax(dim=-1, keepdim=True)
         centre = (low / 2 + high / 2).to(self.scale_dtype).to(groups.dtype)
-        return _next(torch.maximum(high - centre, centre - low) * (2 / self.levels)), centre
-
-    def _codes(self, groups: Tensor, step: Tensor, centre: Tensor) -> Tensor:
-        """Return the nearest levels' codes, NaN where a group is."""
-        # A group of one number throughout has step 0, and comes back as its centre whatever the code.
-        scaled = (groups - centre) / torch.where(step > 0, step, torch.ones_like(step))
-        return (scaled + self.levels / 2).round().clamp(0, self.levels)
-
-    def _pack(self, codes: Tensor) -> Tensor:
-        """Return codes `[..., D]` as bytes `[..., C]`."""
-        each = 8 // self.bits
-        if each == 1:
-            return codes
-        lacking = -codes.shape[-1] % each
-        codes = torch.nn.functional.pad(codes, (0, lacking)).unflatten(-1, (-1, each))
-        packed = codes[..., 0].clone()
-        for place in range(1, each):
-            packed |= codes[..., place] << (place * self.bits)
-        return packed
-
-    def _unpack(self, codes: Tensor, dim: int) -> Tensor:
-        """Return bytes `[..., C]` as float32 `[..., D]`."""
-        each = 8 // self.bits
-        if each == 1:
-            return codes.float()
-        # One look-up a byte of all the numbers in it at once: half the time of shifting and masking.
-        table = _numbers(self.bits, codes.device)
-        found = table.index_select(0, codes.flatten().int()).view(torch.float32).view(*codes.shape[:-1], -1)
-        return found if found.shape[-1] == dim else found[..., :dim].contiguous()
+        return _next(torch.maximum(high - centre, centre - low) * (2 / levels)), centre
 
 
 @dataclass(frozen=True)
@@ -173,6 +161,14 @@ class Int4(Integers):
     error = 0.08
 
 
+class Int3(Integers):
+    """3 bits a number."""
+
+    name = "int3"
+    bits = 3
+    error = 0.17
+
+
 class Int2(Integers):
     """2 bits a number."""
 
@@ -189,11 +185,60 @@ def _next(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, above.to(x.dtype))
 
 
+def _codes(groups: Tensor, step: Tensor, centre: Tensor, levels: int) -> Tensor:
+    """Return the nearest levels' codes, NaN where a group is."""
+    # A group of one number throughout has step 0, and comes back as its centre whatever the code.
+    scaled = (groups - centre) / torch.where(step > 0, step, torch.ones_like(step))
+    return (scaled + levels / 2).round().clamp(0, levels)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Return codes `[..., D]` as bytes `[..., C]`."""
+    packed, low = [], 0
+    for part in _PARTS[bits]:
+        packed.append(_packed((codes >> low) & (2**part - 1), part))
+        low += part
+    return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    each = 8 // bits
+    if each == 1:
+        return codes
+    lacking = -codes.shape[-1] % each
+    codes = torch.nn.functional.pad(codes, (0, lacking)).unflatten(-1, (-1, each))
+    packed = codes[..., 0].clone()
+    for place in range(1, each):
+        packed |= codes[..., place] << (place * bits)
+    return packed
+
+
+def _unpack(codes: Tensor, dim: int, bits: int) -> Tensor:
+    """Return bytes `[..., C]` as float32 `[..., D]`."""
+    first, *others = _PARTS[bits]
+    start, low = -(-dim * first // 8), first
+    numbers = _unpacked(codes[..., :start], dim, first)
+    for part in others:
+        stop = start - (-dim * part // 8)
+        numbers = numbers.add_(_unpacked(codes[..., start:stop], dim, part), alpha=2**low)
+        start, low = stop, low + part
+    return numbers
+
+
+def _unpacked(codes: Tensor, dim: int, bits: int) -> Tensor:
+    each = 8 // bits
+    if each == 1:
+        return codes.float()
+    # One look-up a byte of all the numbers in it at once: half the time of shifting and masking.
+    found = _numbers(bits, codes.device).index_select(0, codes.flatten().int()).view(torch.float32)
+    found = found.view(*codes.shape[:-1], -1)
+    return found if found.shape[-1] == dim else found[..., :dim].contiguous()
+
+
 @lru_cache(maxsize=16)
 def _numbers(bits: int, device: torch.device) -> Tensor:
-    """Return for each byte the numbers in it, float32, in the guise of one 8 or 16 byte number `[256]`."""
+    """Return for each byte the numbers in it, float32, in the guise of numbers of 8 or 16 bytes `[256]`, `[256, 2]`."""
     with torch.inference_mode(False):
-        each = 8 // bits
-        places = torch.arange(each) * bits
+        places = torch.arange(8 // bits) * bits
         table: Tensor = ((torch.arange(256).unsqueeze(1) >> places) & (2**bits - 1)).float()
-        return table.view({2: torch.float64, 4: torch.complex128}[each]).flatten().to(device)
+        return table.view({4: torch.float64, 2: torch.complex128, 1: torch.complex128}[bits]).squeeze(1).to(device)

@@ -3,6 +3,10 @@
 Where all heads keep equally many, they share pages. Where their shares differ, each head has pages of its own (in one
 pool, so that what one head gives up another can take): memory is really freed. Tokens that were not committed can be
 taken back; committed ones can't, since what they made the heads forget does not come back.
+
+Rows that a smaller format rounded would be rounded anew wherever eviction moves them. So what is read stays exact until
+`settle`, which is said once all of a document was read and evicted. Where a budget is to hold as many rows as it can,
+pages are written down as they fill up, as those of other contexts are.
 It does not know which tokens are worth keeping, nor when to forget: `attention/evicting.py` does.
 """
 
@@ -78,6 +82,7 @@ class KeptKV:
         for group in self.groups:
             group.pages.reads_below = tiers is not None
         self._committed = 0
+        self._at_once = budget is not None and budget.limited
 
     @property
     def rotary(self) -> Rotary | None:
@@ -189,8 +194,14 @@ class KeptKV:
     def commit(self) -> None:
         """Say that the tokens so far were read for good."""
         for group in self.groups:
-            group.commit()
+            group.commit(write_down=self._at_once)
         self._committed = self.length
+
+    def settle(self) -> None:
+        """Write pages down in the format: all tokens are committed, and what was to be evicted was."""
+        with Undisturbed():
+            for group in self.groups:
+                group.commit()
 
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on, which were not committed; or all of them, at 0."""
@@ -214,7 +225,7 @@ class KeptKV:
         assert self._committed == self.length, "only committed tokens are evicted"
         with Undisturbed():
             for group, index in zip(self.groups, indexes, strict=True):
-                group.keep(index)
+                group.keep(index, write_down=self._at_once)
 
     def move_down(self, rows: int) -> None:
         """Leave so many of each head's newest rows on the device, in whole pages; the others lie below from now on.

@@ -115,13 +115,14 @@ class PagedKV(PageResolver):
         self._write(k, v, before)
         self._length = after
 
-    def replace(self, start: int, k: Tensor, v: Tensor) -> None:
+    def replace(self, start: int, k: Tensor, v: Tensor, *, write_down: bool = True) -> None:
         """Hold other tokens from `start` on, where a page begins. All must be committed, and the new ones are.
 
         Args:
             start: token.
             k: unrotated keys `[1, Hkv, n, D]`.
             v: values `[1, Hkv, n, Dv]`.
+            write_down: as for `commit`.
 
         Raises:
             PoolExhaustedError: other contexts share the pages, and the budget has no room for these; nothing was
@@ -129,7 +130,8 @@ class PagedKV(PageResolver):
         """
         assert start % PAGE == 0 and self._committed == self._length, "only what was committed is replaced"
         pool, first, length = self.pool, start // PAGE, start + k.shape[2]
-        old, pages = self._old_enough(first, length), -(-length // PAGE) - first
+        old = self._old_enough(first, length) if write_down else range(first, first)
+        pages = -(-length // PAGE) - first
         takes: dict[Plane, int] = {pool.plane(pool.format.name): len(old)} if old else {}
         takes |= {pool.native: pages - len(old), pool.marks: pages if self.blocks.kept else 0}
         gone: list[tuple[Plane, int]] = [pool.find(handle) for handle in self.table[first:] if handle != DROPPED]
@@ -141,11 +143,16 @@ class PagedKV(PageResolver):
         if old:
             self._add_encoded(k[0, :, begin:end], v[0, :, begin:end])
         self.append(k[:, :, end:], v[:, :, end:])
-        self.commit()
+        self.commit(write_down=write_down)
 
-    def commit(self) -> None:
-        """Say that the tokens so far were read for good: pages that are old enough are written down in the format."""
-        self._written = self._write_down(self._written, self._length)
+    def commit(self, *, write_down: bool = True) -> None:
+        """Say that the tokens so far were read for good.
+
+        Args:
+            write_down: whether pages that are old enough are written down in the format now; else a later commit does.
+        """
+        if write_down:
+            self._written = self._write_down(self._written, self._length)
         if self.memory is not None:
             self.memory.commit()
         self._committed = self._length

@@ -141,7 +141,7 @@ class PagePlane(Plane):
         """Start without any slot; `dims` are the head sizes of `k` and of `v`, `number` the plane's in its pool."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for what, dim in dims.items():
-            shapes[what] = ((PAGE, made.code_dim(dim)), made.code_dtype)
+            shapes[what] = ((PAGE, made.code_dim(what, dim)), made.code_dtype)
             shapes[f"{what}_scale"] = (made.scale_shape(what, dim), made.scale_dtype)
         super().__init__(shapes, heads, device, budget)
         self.number, self.format, self.dims = number, made, dict(dims)

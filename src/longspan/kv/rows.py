@@ -147,9 +147,9 @@ class KeptRows:
         """Take what is known now; until the next commit, cutting tokens off brings the old knowledge back."""
         self.learned = learned
 
-    def commit(self) -> None:
-        """Say that the tokens so far were read for good."""
-        self.pages.commit()
+    def commit(self, *, write_down: bool = True) -> None:
+        """Say that the tokens so far were read for good; `write_down`: as for `PagedKV.commit`."""
+        self.pages.commit(write_down=write_down)
         self._follow_rewriting()
         self._lasting, self.committed = self.learned, self.held
 
@@ -170,8 +170,10 @@ class KeptRows:
             assert length >= self._lasting.length, "what was learned for good can't be forgotten in part"
             self.learned = self._lasting
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, index: Tensor, *, write_down: bool = True) -> None:
         """Keep the rows `[Hkv, n]` in `index` (int64, ascending) and evict the others. All rows must be committed.
+
+        `write_down`: as for `PagedKV.commit`.
 
         Raises:
             PoolExhaustedError: a fork shares the pages, and the budget has no room for others; nothing was changed.
@@ -185,10 +187,10 @@ class KeptRows:
         positions, learned = self.positions().gather(1, index), self.learned.kept(index, self.held)
         length = self.length
         with Undisturbed():
-            self.pages.replace(start, k, v)
+            self.pages.replace(start, k, v, write_down=write_down)
             self._kept, self._evicted_at, self.learned = positions.int(), length, learned
             self._forget(start)
-            self.commit()
+            self.commit(write_down=write_down)
 
     def fork(self, budget: Budget | None = None) -> KeptRows:
         """Return the same rows, whose pages are shared until one of the two writes (PoolExhaustedError: see there)."""
