@@ -57,8 +57,8 @@ KVFormat = Annotated[
     typer.Option(
         "--kv",
         metavar="SPEC",
-        help="How keys and values are kept: auto, fp32, fp16, bf16, fp8, int8, int4, int3 or int2, with options such as "
-        "int4:group=64.",
+        help="How keys and values are kept: auto, fp32, fp16, bf16, fp8, int8, int4, int3 or int2, with options such "
+        "as int4:group=64.",
     ),
 ]
 KVBudget = Annotated[

@@ -29,20 +29,22 @@ Plan = tuple[str, str, float]
 
 OURS = "longspan"
 
+_SMALL = "int2:keys=3,residual=0"
+"""The smallest format whose loss is small: 3 bits for keys, 2 for values, the first page exact."""
+
 WAYS = (
-    "streaming:sinks=64", "keydiff", "snapkv:when=question", "snapkv:when=question,heads=adaptive",
-    "rocketkv:when=question", "expected:when=question", "int2", "int2:residual=0,sinks=0", "int4:residual=0,sinks=0",
-    "int8", "fp8", "int4", "expected+int4:residual=0,sinks=0", "snapkv+int4:residual=0,sinks=0",
-    "expected+int8:residual=0,sinks=0", "snapkv+int8:residual=0,sinks=0", "expected+int2:residual=64,sinks=64",
-    "h2o+int4:residual=0,sinks=0", "keydiff+int4:residual=0,sinks=0", "h2o", "expected", "snapkv",
-    "snapkv:heads=adaptive", "expected:heads=adaptive", "rocketkv", "expected:heads=adaptive+int4:residual=0,sinks=0",
+    _SMALL, "int4", f"expected+{_SMALL}", f"keydiff+{_SMALL}", f"snapkv+{_SMALL}", f"streaming:sinks=64+{_SMALL}",
+    "expected+int2:residual=0", "keydiff+int2:residual=0", f"h2o+{_SMALL}", f"snapkv:heads=adaptive+{_SMALL}",
+    "snapkv", "expected", "keydiff", "streaming", "snapkv:heads=adaptive", "expected+int4:residual=0",
+    "snapkv+int4:residual=0", "h2o", "rocketkv", "expected:heads=adaptive", "int2:residual=0", "int8", "fp8",
+    "snapkv:when=question", "rocketkv:when=question", f"expected:heads=adaptive+{_SMALL}",
 )  # fmt: skip
-"""Ours, where none are named: methods alone and per question, formats alone, and both together."""
+"""Ours, where none are named, those that promise most first: both together, then methods and formats alone."""
 
 PRESSES = {
     "kvpress": (
-        "streaming_llm", "observed_attention", "snapkv", "ada_snapkv", "pyramidkv", "tova", "expected_attention",
-        "ada_expected_attention", "keydiff", "knorm", "lagkv", "kvzip",
+        "expected_attention", "streaming_llm", "keydiff", "snapkv", "kvzip", "ada_snapkv", "ada_expected_attention",
+        "lagkv", "tova", "pyramidkv", "observed_attention", "knorm",
     ),
 }  # fmt: skip
 """A peer's, where none are named."""
