@@ -1,13 +1,14 @@
 """RULER on one model: dense by task and length, and every mechanism at a share of the keys, within a time limit.
 
-    python -m benchmarks.ruler --out found --minutes 8 --workers 6 --device cuda
+    python -m benchmarks.ruler --out found --minutes 7 --workers 8 --device cuda
     python -m benchmarks.ruler --out found --result > benchmarks/results/ruler-h100.json
 
-Several processes share one GPU (or `--gpus N`), since a small model leaves most of it idle; each asks every N-th
-question and writes a journal of its own, as the shards of `longspan eval ruler` do. Dense comes first, then the
-mechanisms, then those whose decode steps take many times as long; within each part questions take turns over tasks,
-lengths and mechanisms, so that a run that ends early is balanced. The same command goes on where it was stopped. A
-mechanism that fails is left out from there on, and its error is told at the end.
+Several processes share one GPU (or `--gpus N`), since making questions and launching small kernels keep a core busy
+each; each asks every N-th question and writes a journal of its own into `--scratch`. The first process puts them
+together in one file, `ruler.jsonl` in `--out`, again and again: a run that is cut off leaves what it has, and the same
+command goes on. Dense comes first, then one mechanism after the other in the order given, each with its share of the
+time that is left; within a part questions take turns over tasks and lengths, so that a part that ends early is
+balanced. A mechanism that fails is left out from there on, and its error is told at the end.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longspan import settings
 
 settings.share_cores()
+
+import torch  # noqa: E402
 
 from longspan.evals.arguments import dtype_of, guarded, say  # noqa: E402
 from longspan.evals.asking import rows, tables  # noqa: E402
@@ -44,12 +50,19 @@ from longspan.lengths import lengths_of  # noqa: E402
 
 _LEFT_OUT = ("answer", "wanted", "depths", "parameters")
 """Fields of rows that a committed result does without: they follow from the seed, or are long."""
-_UNTIL = (0.3, 0.8, 1.0)
-"""Shares of the time at which the parts end at the latest."""
-_SLOW = "tree superlinear"
-"""Mechanisms whose decode step is many times dense's today: hundreds of small operations a layer."""
+_MECHANISMS = (
+    "quest superlinear:sinks=4 tree streaming snapkv expected h2o keydiff rocketkv retrieval:read=place retrieval"
+)
+"""Those that say most first."""
+_DENSE = 0.4
+"""Share of the time at which dense ends at the latest."""
+_FAIR = 1.5
+"""Times an equal share of the time left that one mechanism may take."""
 _BETWEEN = 10.0
 """Seconds between two looks at what the workers have done."""
+_GRACE = 20.0
+"""Seconds after the time limit in which workers may end what they have begun."""
+_FILE = "ruler.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Part:
 
 
 class Watched(Local):
-    """An asker that remembers what went wrong in it."""
+    """An asker that remembers what went wrong in it, and asks one by one where memory does not hold several."""
 
     failure = ""
 
@@ -74,20 +87,39 @@ class Watched(Local):
             self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise
 
+    def ask_all(self, examples: Sequence[Example], tick: Tick = lambda _, __: None) -> list[Reply]:
+        """See `Asker`."""
+        try:
+            return super().ask_all(examples, tick)
+        except torch.OutOfMemoryError:
+            say(f"{self.identity.attention}: no memory for {len(examples)} questions at once")
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise
+        torch.cuda.empty_cache()
+        return [self.ask(example, tick) for example in examples]
+
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    """Return what is to be asked."""
+    """Return what is to be asked, in this order."""
     dense = Given(RULER, named(RULER, options.tasks), lengths_of(options.lengths), options.questions, options.seed)
     less = replace(dense, lengths=lengths_of(options.share_lengths), questions=options.share_questions)
-    every, shares = list(choosing()), options.shares.split(",")
-    if options.mechanisms == "each":
-        # Of a mechanism in several forms the first.
-        specs = list({spec.partition(":")[0]: spec for spec in reversed(every)}.values())[::-1]
-    else:
-        specs = every if options.mechanisms == "all" else options.mechanisms.split()
-    slow = [spec for spec in specs if spec.partition(":")[0] in options.slow.split()]
-    quick = [spec for spec in specs if spec not in slow]
-    return [Part(dense, ["dense"], []), Part(less, quick, shares), Part(less, slow, shares)]
+    specs = list(choosing()) if options.mechanisms == "all" else options.mechanisms.split()
+    return [Part(dense, ["dense"], []), *(Part(less, [spec], options.shares.split(",")) for spec in specs)]
+
+
+def ends(began: float, seconds: float, left: int) -> float:
+    """Return when a part ends at the latest, in seconds of `time.monotonic`.
+
+    Args:
+        began: when the run did.
+        seconds: for all of it.
+        left: parts not begun before this one, itself among them; 0: this is dense, the first.
+    """
+    now = time.monotonic()
+    if not left:
+        return began + _DENSE * seconds
+    return min(began + seconds, now + max(0.0, began + seconds - now) / left * _FAIR)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -99,16 +131,18 @@ def work(options: argparse.Namespace) -> None:
     llm = LLM(options.model, "dense", options.device, dtype_of(options.dtype), say=say)
     about = environment(llm.model.device, "benchmarks.ruler", shlex.split(options.told))
     about |= {"model": Path(llm.model.name).name, "dtype": options.dtype, "eval": "ruler", "seed": options.seed}
+    local = partial(Watched, together=options.together, stacked=int(options.stacked * 2**30) or None)
 
     def asker(mechanism: Any) -> LLM:
         return LLM(llm.model, mechanism, say=say)
 
-    with in_folder(options.out, f"ruler-{mine}of{count}.jsonl") as journal:
-        elsewhere = entries(Path(options.out), leave_out=journal.file)
-        for part, share in zip(parts(options), _UNTIL, strict=True):
-            until = began + 60 * options.minutes * share
-            engines = Engines(asker, ways(part.specs, part.budgets), leave_out=say, local=Watched)
+    with in_folder(options.scratch, f"ruler-{mine}of{count}.jsonl") as journal:
+        elsewhere = entries(options, leave_out=journal.file)
+        every = parts(options)
+        for number, part in enumerate(every):
+            engines = Engines(asker, ways(part.specs, part.budgets), leave_out=say, local=local)
             asked = plan(part.given, engines.at)[mine - 1 :: count]
+            until = ends(began, 60 * options.minutes, len(every) - number if number else 0)
             while asked and not _asked(part.given, asked, journal, about, elsewhere, until):
                 asked = [each for each in asked if not _failure(each)]
 
@@ -134,21 +168,39 @@ def _failure(asked: Asked) -> str:
     return asked.asker.failure if isinstance(asked.asker, Watched) else ""
 
 
-def entries(folder: Path, leave_out: Path | None = None) -> list[Entry]:
-    """Return the rows of a folder's journals."""
-    return [entry for file in sorted(folder.glob("ruler*.jsonl")) if file != leave_out for entry in read(file)]
+def entries(options: argparse.Namespace, leave_out: Path | None = None) -> list[Entry]:
+    """Return the rows of the file and of the workers' journals."""
+    files = [Path(options.out) / _FILE, *sorted(Path(options.scratch).glob("ruler-*.jsonl"))]
+    return [entry for file in files if file != leave_out and file.exists() for entry in read(file)]
+
+
+def merge(options: argparse.Namespace) -> list[Entry]:
+    """Write all rows into the one file, and return them."""
+    kept = list(rows.answered(entries(options)).values())
+    file, lines, environment = Path(options.out) / _FILE, [], None
+    for entry in kept:
+        if entry.environment != environment:
+            environment = entry.environment
+            lines.append({"environment": environment})
+        lines.append(entry.row)
+    if lines:
+        part = Path(options.scratch) / "merging"
+        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        shutil.copyfile(part, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    return kept
 
 
 def lead(options: argparse.Namespace, told: list[str]) -> None:
-    """Start the workers, tell how far they are until they end, and what failed."""
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Start the workers, put together what they write until they end, and tell how far they are and what failed."""
+    for folder in (options.out, options.scratch):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     load(options.model or settings.default_model(), device="cpu", say=say)  # converted once, before several would do it
     left = options.minutes - (time.monotonic() - began) / 60
     given = [sys.executable, "-m", "benchmarks.ruler", *told, "--told", shlex.join(told), "--minutes", str(left)]
-    own = os.environ | {"OMP_NUM_THREADS": "1", "LONGSPAN_THREADS": "1"}
-    logs = [folder / f"ruler-{i + 1}of{options.workers}.log" for i in range(options.workers)]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "LONGSPAN_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    logs = [Path(options.scratch) / f"ruler-{i + 1}of{options.workers}.log" for i in range(options.workers)]
     workers = []
     for i, log in enumerate(logs):
         with log.open("w") as stream:
@@ -159,7 +211,9 @@ def lead(options: argparse.Namespace, told: list[str]) -> None:
     try:
         while any(worker.poll() is None for worker in workers):
             time.sleep(_BETWEEN)
-            _tell(folder, time.monotonic() - began, 60 * options.minutes)
+            _tell(merge(options), time.monotonic() - began, 60 * options.minutes)
+            if time.monotonic() - began > 60 * options.minutes + _GRACE:
+                break
     finally:
         for worker in workers:
             worker.terminate()
@@ -169,24 +223,21 @@ def lead(options: argparse.Namespace, told: list[str]) -> None:
             say(f"{log.name}: {line}")
         if worker.wait():
             say(f"{log.name} ended with {worker.returncode}: {lines[-1] if lines else 'no word'}")
+    merge(options)
 
 
-def _tell(folder: Path, seconds: float, limit: float) -> None:
+def _tell(found: list[Entry], seconds: float, limit: float) -> None:
     """Tell how many questions are answered, and the averages so far."""
-    found = [rows.row_of(entry) for entry in rows.answered(entries(folder)).values()]
-    dense = [row.score for row in found if row.mechanism == "dense"]
-    others = [row.score for row in found if row.mechanism != "dense"]
-    means = [
-        f"{name} {100 * sum(scores) / len(scores):.0f} % of {len(scores)}"
-        for name, scores in (("dense", dense), ("the others", others))
-        if scores
-    ]
+    scores: dict[str, list[float]] = {}
+    for row in map(rows.row_of, found):
+        scores.setdefault(row.mechanism, []).append(row.score)
+    means = [f"{name} {100 * sum(some) / len(some):.0f} % of {len(some)}" for name, some in scores.items()]
     say(f"{seconds:.0f} of {limit:.0f} s: {', '.join(means) or 'loading'}")
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """Return environment, table and rows of all journals in a folder."""
-    made = tables.summary(list(rows.answered(entries(folder)).values()))
+def result(options: argparse.Namespace) -> dict[str, Any]:
+    """Return environment, table and rows of all that was answered."""
+    made = tables.summary(list(rows.answered(entries(options)).values()))
     kept = [{name: value for name, value in row.items() if name not in _LEFT_OUT} for row in made.pop("rows")]
     runs = made.pop("runs")
     commands = " ; ".join(dict.fromkeys(each["command"] for each in runs))
@@ -198,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     told = sys.argv[1:] if arguments is None else arguments
     options = _options(told)
     if options.result:
-        print(json.dumps(result(Path(options.out)), ensure_ascii=False))
+        print(json.dumps(result(options), ensure_ascii=False))
         return 0
 
     def ask() -> int:
@@ -213,26 +264,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(told: list[str]) -> argparse.Namespace:
     made = argparse.ArgumentParser(prog="python -m benchmarks.ruler", description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--out", required=True, metavar="FOLDER", help="for journals; a run that was stopped goes on")
+    made.add_argument("--out", required=True, metavar="FOLDER", help=f"for {_FILE}; a run that was stopped goes on")
+    made.add_argument("--scratch", metavar="FOLDER", help="for the workers' own files; default: OUT.workers")
     made.add_argument("--model", metavar="NAME", help="as for longspan ask; default: LONGSPAN_MODEL, else smollm2")
     made.add_argument("--device", default="auto", help="auto, cpu or cuda")
     made.add_argument("--dtype", default="float32", help="default: %(default)s")
     made.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="time limit, loading included")
     made.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default: %(default)s")
     made.add_argument("--gpus", type=int, default=1, metavar="N", help="that workers are spread over")
+    made.add_argument("--together", type=int, metavar="N", help="answers written at once; default: 16 on a GPU, else 1")
+    made.add_argument(
+        "--stacked", type=float, default=0, metavar="GIB", help="of keys and values they may read together"
+    )
     made.add_argument("--tasks", default="all", help="of RULER, commas between; default: %(default)s")
     made.add_argument("--lengths", default="1K,2K,4K,8K", help="dense; default: %(default)s")
-    made.add_argument("--questions", type=int, default=5, help="of each task and length, dense; default: %(default)s")
-    made.add_argument("--mechanisms", default="each", help="specifications, spaces between; all; or each in one form")
-    made.add_argument("--slow", default=_SLOW, metavar="NAMES", help="asked last; default: %(default)s")
+    made.add_argument("--questions", type=int, default=10, help="of each task and length, dense; default: %(default)s")
+    made.add_argument("--mechanisms", default=_MECHANISMS, help="specifications, spaces between, or all")
     made.add_argument("--shares", default="1/4", help="of the context's keys; default: %(default)s")
     made.add_argument("--share-lengths", default="4K,8K", help="for the mechanisms; default: %(default)s")
-    made.add_argument("--share-questions", type=int, default=3, help="for the mechanisms; default: %(default)s")
+    made.add_argument("--share-questions", type=int, default=5, help="for the mechanisms; default: %(default)s")
     made.add_argument("--seed", type=int, default=0, help="which questions")
     made.add_argument("--result", action="store_true", help="ask nothing: print what the folder holds as JSON")
     made.add_argument("--shard", help=argparse.SUPPRESS)
     made.add_argument("--told", default="", help=argparse.SUPPRESS)
-    return made.parse_args(told)
+    options = made.parse_args(told)
+    options.scratch = options.scratch or f"{options.out.rstrip('/')}.workers"
+    return options
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from longspan.evals.asking.local import Local
 from longspan.evals.asking.rows import answered
+from longspan.evals.journal import read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,12 +33,12 @@ def asked_by(*arguments):
     """Do one worker's part; returns the folder's rows."""
     options = ruler._options([*arguments, "--told", "--out found"])
     ruler.work(options)
-    return [entry.row for entry in answered(ruler.entries(Path(options.out))).values()]
+    return [entry.row for entry in answered(ruler.entries(options)).values()]
 
 
 def test_workers_ask_each_question_once_dense_first(given, capsys):
     first = asked_by(*given, "--shard", "1/2")
-    assert [row["mechanism"] for row in first] == ["dense", "streaming"]
+    assert [row["mechanism"] for row in first] == ["dense", "streaming", "quest:who=layer"]
     both = asked_by(*given, "--shard", "2/2")
     assert sorted((row["mechanism"], row["budget"], row["question"]) for row in both) == [
         ("dense", "", 0), ("dense", "", 1), ("quest:who=layer", "1/4", 0), ("streaming", "1/4", 0),
@@ -64,24 +67,30 @@ def test_what_is_nobodys_fault_ends_the_run(given, monkeypatch):
         asked_by(*given, "--shard", "1/1")
 
 
-def test_the_time_is_kept_and_dense_takes_a_part_of_it(given, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ruler, "run", lambda *_, until, **__: seen.append(until) or 0)
-    asked_by(*given, "--shard", "1/1", "--minutes", "100")
-    assert seen[1] - seen[0] == pytest.approx(0.5 * 6000, abs=1) and len(seen) == 2, "none of these is slow"
-    asked_by(*given, "--shard", "1/1")
-    assert seen[2:] == [math.inf] * 2
+def test_where_memory_holds_one_question_it_is_asked_alone(given, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("device is full")
+
+    monkeypatch.setattr(Local, "ask_all", full)
+    found = asked_by(*given, "--shard", "1/1", "--together", "4")
+    assert len(found) == 4 and "dense: no memory for 2 questions at once" in capsys.readouterr().err
 
 
-def test_slow_mechanisms_come_last_and_each_in_one_form():
-    options = ruler._options(["--out", "x"])
-    dense, quick, slow = ruler.parts(options)
-    assert dense.specs == ["dense"] and dense.budgets == [] and quick.budgets == slow.budgets == ["1/4"]
-    assert slow.specs == ["superlinear:sinks=4,summary=key", "tree:who=head"]
-    names = [spec.partition(":")[0] for spec in quick.specs]
-    assert len(set(names)) == len(names) > 7 and {"streaming", "quest", "snapkv", "retrieval"} < set(names)
-    options = ruler._options(["--out", "x", "--mechanisms", "all", "--slow", ""])
-    assert len(ruler.parts(options)[1].specs) > 15 and not ruler.parts(options)[2].specs
+def test_each_part_has_its_share_of_the_time(given, monkeypatch):
+    monkeypatch.setattr(ruler.time, "monotonic", lambda: 1000.0)
+    assert ruler.ends(940.0, 600.0, 0) == 940 + 0.4 * 600, "dense"
+    assert ruler.ends(940.0, 600.0, 9) == pytest.approx(1000 + 1.5 * 540 / 9)
+    assert ruler.ends(940.0, 600.0, 1) == 1540, "the last one ends with the run"
+    assert ruler.ends(0.0, 600.0, 3) == 600, "none is left"
+    assert ruler.ends(0.0, math.inf, 3) == ruler.ends(0.0, math.inf, 0) == math.inf
+
+
+def test_mechanisms_come_in_the_order_given_after_dense():
+    dense, *others = ruler.parts(ruler._options(["--out", "x"]))
+    assert dense.specs == ["dense"] and dense.budgets == [] and dense.given.lengths == [1024, 2048, 4096, 8192]
+    assert [part.specs[0] for part in others][:3] == ["quest", "superlinear:sinks=4", "tree"]
+    assert all(part.budgets == ["1/4"] and part.given.lengths == [4096, 8192] for part in others)
+    assert len(ruler.parts(ruler._options(["--out", "x", "--mechanisms", "all"]))) > 15
 
 
 def test_the_lead_starts_workers_and_makes_the_result(given, capsys, monkeypatch):
@@ -90,7 +99,10 @@ def test_the_lead_starts_workers_and_makes_the_result(given, capsys, monkeypatch
     monkeypatch.chdir(Path(ruler.__file__).resolve().parents[1])
     assert ruler.main([*given, "--workers", "1", "--minutes", "4"]) == 0
     err = capsys.readouterr().err
-    assert "the others" in err and "ended with" not in err
+    assert "streaming" in err and "ended with" not in err
+    out = Path(given[1])
+    assert [file.name for file in out.iterdir()] == ["ruler.jsonl"] and len(read(out / "ruler.jsonl")) == 4
+    shutil.rmtree(f"{out}.workers")
     assert ruler.main([*given, "--result"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (

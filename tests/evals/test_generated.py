@@ -86,7 +86,7 @@ def test_questions_do_not_depend_on_the_process_and_load_no_model_code():
 class Oracle:
     """Answers what is right, or guesses; measures texts as a model that is sure of them."""
 
-    template, counted_by, parallel, measures, chooses = Template(), "words", 1, True, False
+    template, counted_by, parallel, together, measures, chooses = Template(), "words", 1, 1, True, False
 
     def __init__(self, guessing=None):
         self.guessing = None if guessing is None else random.Random(guessing)

@@ -31,13 +31,12 @@ class Dense(Mechanism):
     reads_all: ClassVar[bool] = True
     decode_order: ClassVar[str] = "n"
     beyond_window: ClassVar[bool] = False
-    gpu_tile: ClassVar[int] = 512
 
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
         count = q.shape[2]
         stop = first + count
-        q = kv.queries_at(q, torch.arange(first, stop))
+        q = kv.queries_from(q, first)
         k = kv.keys_at_own_positions(0, stop)
         v = kv.values(0, stop)
         if count == 1:

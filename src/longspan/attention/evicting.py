@@ -78,7 +78,6 @@ class Evicting(Mechanism):
     bounded_memory: ClassVar[bool] = True
     reads_all: ClassVar[bool] = True
     decode_order: ClassVar[str] = "1"
-    gpu_tile: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         """Refuse options out of range."""

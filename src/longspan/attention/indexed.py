@@ -118,9 +118,9 @@ def attend_blocks(q: Tensor, kv: LayerKV, position: int, start: int, blocks: Ten
     return partial_attention(q, k, v, scale=scale)[0]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _near(first: int, last: int, device: torch.device) -> Tensor:
-    """Return the blocks of a window, the same for every layer."""
+    """Return the blocks of a window, the same for every layer; of all contexts that take a step together."""
     with torch.inference_mode(False):
         return torch.arange(first, last, device=device)
 

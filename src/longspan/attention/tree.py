@@ -89,12 +89,11 @@ class Tree(Mechanism):
         if true and hints.layer < self.dense_layers and kv.readable() is None:
             return Dense().attend_tile(q, kv, first, scale, hints)
         starts = self.window_starts(first, count)
-        at = torch.arange(first, first + count)
-        windows = at + 1 - starts
+        windows = torch.arange(first + 1, first + 1 + count) - starts
         old = starts // PAGE
         if int(old[-1]) == 0:
             return attend_window(q, kv, first, windows, scale)[0]
-        placed = kv.queries_at(q, at if true else windows)
+        placed = kv.queries_from(q, first) if true else kv.queries_at(q, windows)
         found = descend(placed, kv, old, self._plan(kv, true > 0, scale, hints))
         pages = found.pages
         if found.valid is not None:

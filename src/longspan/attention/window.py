@@ -31,13 +31,13 @@ def attend_window(q: Tensor, kv: LayerKV, first: int, window: int | Tensor, scal
     stop = first + q.shape[2]
     spread = torch.as_tensor(window).expand(q.shape[2])
     oldest = max(0, int((torch.arange(first, stop) - spread).min()) + 1)
-    at = torch.arange(first, stop, device=q.device)
-    keys_at = torch.arange(oldest, stop, device=q.device)
-    q = kv.queries_at(q, at)
+    q = kv.queries_from(q, first)
     k = kv.keys_at_own_positions(oldest, stop)
     v = kv.values(oldest, stop)
     if q.shape[2] == 1:
         return partial_attention(q, k, v, scale=scale)
+    at = torch.arange(first, stop, device=q.device)
+    keys_at = torch.arange(oldest, stop, device=q.device)
     mask = (keys_at <= at.unsqueeze(1)) & (keys_at > (at - spread.to(q.device)).unsqueeze(1))
     return partial_attention(q, k, v, mask, scale=scale)
 
@@ -62,13 +62,20 @@ def attend_far(
     far = far[far <= stop - 1 - window]
     if far.numel() == 0:
         return None
+    count = far.numel()
+    begin, end = int(far[0]), int(far[-1]) + 1
+    # Neighbours, such as sinks, lie as they are read.
+    if end - begin == count:
+        k, v = kv.keys(begin, end), kv.values(begin, end)
+    else:
+        k, v = kv.gather_keys(far), kv.gather_values(far)
+    if kv.rotary is not None:
+        k = kv.rotary.range(k, 0)
+    if stop == first + 1:
+        return partial_attention(kv.queries_from(q, count + min(stop, window) - 1), k, v, scale=scale)
     at = torch.arange(first, stop)
     mask = far <= at.unsqueeze(1) - window
     older = mask.sum(1)
-    k = kv.gather_keys(far)
-    if kv.rotary is not None:
-        k = kv.rotary.range(k, 0)
-    v = kv.gather_values(far)
     q = kv.queries_at(q, older + torch.clamp(at + 1, max=window) - 1)
     whole = bool(mask.all())
     return partial_attention(q, k, v, None if whole else mask.to(q.device), scale=scale)

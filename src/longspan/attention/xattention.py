@@ -139,7 +139,7 @@ class XAttention(Mechanism):
         """Attend from whole blocks of queries `[B, Hq, T, D]` at `first ..`, a multiple of the block."""
         stop = first + q.shape[2]
         past = stop - self.block
-        q = kv.queries_at(q, torch.arange(first, stop))
+        q = kv.queries_from(q, first)
         k, v = kv.keys_at_own_positions(0, stop), kv.values(0, stop)
         out, lse = self._attend_own(q, k[:, :, first:], v[:, :, first:], scale)
         if past == 0:

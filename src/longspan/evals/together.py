@@ -17,7 +17,6 @@ from torch import Tensor
 from longspan.engine.kv_context import KVContext
 from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
-from longspan.kernels.partial_attention import partial_attention
 from longspan.kv.rotary import Rotary
 
 
@@ -97,11 +96,12 @@ class _Apart:
 
 @dataclass
 class _Layer:
-    """The rows of all contexts in one layer: `[B, Hkv, N, D]`, and which of them are there, `[B, Hkv, N]`."""
+    """The rows of all contexts in one layer, `[B, Hkv, N, D]`."""
 
     k: Tensor
     v: Tensor
-    there: Tensor
+    bias: Tensor
+    """What is added to scores, `[B, Hkv, 1, N]`: -inf for padding, and 0."""
     held: int
     """Rows so far, padding included; the answer's follow."""
 
@@ -112,26 +112,27 @@ class _Together:
 
     layers: list[_Layer]
     positions: Tensor
+    """Of each context's next token."""
     rotary: Rotary | None
-    step: int = 0
+    angles: tuple[Tensor, Tensor] | None = None
+    """Of these positions: all layers of a step share them."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        rows, batch = self.layers[layer], q.shape[2]
+        rows, (heads, batch) = self.layers[layer], q.shape[1:3]
         q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         if self.rotary is not None:
-            q, k = (self.rotary(x, self.positions + self.step) for x in (q, k))
+            if layer == 0:
+                self.angles = self.rotary.angles(self.positions, q)
+                self.positions = self.positions + 1
+            assert self.angles is not None, "the first layer comes first"
+            q, k = self.rotary.turn(q, self.angles), self.rotary.turn(k.to(q.dtype), self.angles)
         rows.k[:, :, rows.held], rows.v[:, :, rows.held] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        rows.there[:, :, rows.held] = True
         rows.held += 1
-        kv_heads = rows.k.shape[1]
-        # Each KV head of each context is a batch entry of its own, whose queries are the heads of its group.
-        queries = q[0].transpose(0, 1).reshape(batch * kv_heads, -1, 1, q.shape[3])
-        keys, values = (x[:, :, : rows.held].flatten(0, 1).unsqueeze(1) for x in (rows.k, rows.v))
-        mask = rows.there[:, :, : rows.held].flatten(0, 1)[:, None, None]
-        out = partial_attention(queries, keys, values, mask, scale=scale)[0]
-        if layer == len(self.layers) - 1:
-            self.step += 1
-        return out.reshape(1, batch, q.shape[1], -1).transpose(1, 2).to(v.dtype)
+        # The heads of a group are the queries of their KV head. Nothing here waits for a GPU.
+        grouped = (q[0].transpose(0, 1) * scale).reshape(batch, rows.k.shape[1], -1, q.shape[3])
+        keys, values = (x[:, :, : rows.held].to(q.dtype) for x in (rows.k, rows.v))
+        weights = torch.softmax(grouped @ keys.mT + rows.bias[..., : rows.held], -1)
+        return (weights @ values).view(1, batch, heads, -1).transpose(1, 2).to(v.dtype)
 
 
 def _rows(context: KVContext, layer: int) -> list[tuple[Tensor, Tensor]]:
@@ -151,9 +152,9 @@ def _stacked(contexts: list[list[tuple[Tensor, Tensor]]], room: int) -> _Layer:
     (k, v), batch, heads = contexts[0][0], len(contexts), len(contexts[0])
     keys = k.new_zeros(batch, heads, most + room, k.shape[1])
     values = v.new_zeros(batch, heads, most + room, v.shape[1])
-    there = torch.zeros(batch, heads, most + room, dtype=torch.bool, device=k.device)
+    bias = torch.zeros(batch, heads, 1, most + room, device=k.device)
     for b, each in enumerate(contexts):
         for h, (k, v) in enumerate(each):
             start = most - k.shape[0]
-            keys[b, h, start:most], values[b, h, start:most], there[b, h, start:most] = k, v, True
-    return _Layer(keys, values, there, most)
+            keys[b, h, start:most], values[b, h, start:most], bias[b, h, 0, :start] = k, v, float("-inf")
+    return _Layer(keys, values, bias, most)

@@ -136,6 +136,10 @@ class LayerKV(ABC):
         """Rotate queries `[B, Hq, T, D]` to positions `[T]` (or unchanged where positions are not encoded)."""
         return q if self.rotary is None else self.rotary(q, positions)
 
+    def queries_from(self, q: Tensor, first: int) -> Tensor:
+        """Rotate queries `[B, Hq, T, D]` to the positions `first .. first + T - 1`; all layers share the angles."""
+        return q if self.rotary is None else self.rotary.range(q, first)
+
 
 class TensorKV(LayerKV):
     """Keys and values that the caller already holds as two tensors."""

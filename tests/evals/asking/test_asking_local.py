@@ -91,6 +91,38 @@ def test_every_way_of_attending_reads_and_gives_its_pages_back(tiny, make_llm, s
     assert llm.kv_budget.used == 0
 
 
+def brief(made, tokens=14):
+    """Return a question whose answer may take fewer tokens."""
+    return replace(made, max_tokens=tokens, tokens=made.tokens - made.max_tokens + tokens)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "expected:budget=200,heads=adaptive", "rocketkv:budget=200"])
+def test_answers_that_are_written_together_are_those_of_each_alone(tiny, make_llm, spec):
+    asker = Local(make_llm(spec), together=4)
+    questions = [brief(made_for(tiny, task, 640)) for task in ("niah_single_1", "qa_1")]
+    alone = [asker.ask(made) for made in questions]
+    assert len(alone[1].text) > 8
+    # One ends as soon as its score is full, while the other goes on.
+    questions[0] = replace(questions[0], outputs=(re.search("[A-Za-z]", alone[0].text)[0],))
+    alone[0] = asker.ask(questions[0])
+    together = asker.ask_all(questions)
+    assert together[0].decoded_tokens < together[1].decoded_tokens
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.decoded_tokens, one.kept_bytes) == (other.text, other.decoded_tokens, other.kept_bytes)
+        assert (one.attention, one.read_tokens, one.beyond) == (other.attention, other.read_tokens, other.beyond)
+        assert other.measures == {"together": 2} and other.first_token_seconds > 0
+    assert asker.llm.kv_budget.used == 0
+
+
+def test_answers_are_written_together_as_far_as_bytes_allow(tiny, make_llm):
+    questions = [brief(made_for(tiny, "qa_1", 640, number=i), 3) for i in range(3)]
+    each = questions[0].tokens * 3 * 2 * 2 * 8 * 4
+    replies = Local(make_llm("dense"), stacked=3 * each // 2).ask_all(questions)
+    assert [reply.measures.get("together", 1) for reply in replies] == [2, 2, 1]
+    assert Local(make_llm("dense")).together == 1, "a CPU writes one by one"
+    assert Local(make_llm("streaming", kv_budget=10**6), together=8).together == 1
+
+
 def test_what_is_read_does_not_know_the_question(tiny, make_llm, monkeypatch):
     from longspan.engine.kv_context import KVContext
 

@@ -31,8 +31,8 @@ class Scripted:
 
     template, counted_by, measures, chooses = Template(), "words", False, False
 
-    def __init__(self, answer=lambda made: made.outputs[0], parallel=1, mechanism="script"):
-        self.answer, self.parallel, self.asked = answer, parallel, []
+    def __init__(self, answer=lambda made: made.outputs[0], parallel=1, mechanism="script", together=1):
+        self.answer, self.parallel, self.asked, self.together, self.groups = answer, parallel, [], together, []
         self.identity = Identity("scripted", "none", "", mechanism, "", mechanism)
 
     def tokens(self, text):
@@ -42,6 +42,10 @@ class Scripted:
         self.asked.append((example.task, example.index))
         found = self.answer(example)
         return found if isinstance(found, Reply) else Reply(found)
+
+    def ask_all(self, examples, tick):
+        self.groups.append(len(examples))
+        return [self.ask(example, tick) for example in examples]
 
 
 class Stop(Exception):
@@ -132,6 +136,26 @@ def test_a_run_ends_when_its_time_is_over():
     with Journal(None) as journal:
         assert run(GIVEN, plan(GIVEN, at(asker)), journal, {}, lambda _: None, until=time.monotonic()) == 7
     assert len(asker.asked) == 1
+
+
+def test_what_is_answered_together_is_asked_together_and_takes_turns_with_others():
+    several, single = Scripted(together=3, mechanism="several"), Scripted(mechanism="single")
+    found, told = asked_of(GIVEN, several, single)
+    assert several.groups == [3, 3, 2] and len(told) == 16
+    assert (
+        several.asked
+        == single.asked
+        == [(task, number) for number in (0, 1) for _ in (900, 1000) for task in GIVEN.tasks]
+    )
+    order = "".join(row.mechanism[1] for row in found)
+    assert order == "eeeiiieeeiiieeii", "a question alone is not put off until all others are answered"
+
+
+def test_what_is_answered_together_is_kept_whole_when_time_is_over():
+    asker = Scripted(together=3)
+    with Journal(None) as journal:
+        assert run(GIVEN, plan(GIVEN, at(asker)), journal, {}, lambda _: None, until=time.monotonic()) == 5
+        assert len(journal.entries) == 3
 
 
 def test_what_another_journal_holds_is_not_asked_again():

@@ -9,9 +9,11 @@ holds nothing between calls: two questions never see one another.
     counted_by a hash of what `tokens` does: questions of two askers with the same one are the same questions
     template   what the asker puts around a prompt's parts, as far as it is known: its tokens are counted
     parallel   questions that may be asked at once (from as many threads); 1: one after another
+    together   questions that `ask_all` answers side by side; 1: it is not called
     measures   whether `ask` can return the probability of a text (`Example.follows`) instead of an answer
     chooses    whether `choose` can tell which stretches of a text matter for a question
     ask        reads an example's context, asks, and returns a `Reply`
+    ask_all    the same for several examples, where `together` is more than 1: each gets the reply that `ask` gives
 
 What can't be answered (a context that the asker can't hold, a request that was refused for its length) is a reply with
 `error`, which counts as a score of 0 and says why in its row. What stops a run (no connection, no such model) raises a
@@ -104,6 +106,10 @@ class Asker(Protocol):
         """Questions that may be asked at once."""
 
     @property
+    def together(self) -> int:
+        """Questions that are answered side by side."""
+
+    @property
     def measures(self) -> bool:
         """Whether the probability of a text can be returned."""
 
@@ -127,3 +133,6 @@ class Asker(Protocol):
         Raises:
             LongspanError: nothing can be answered, this question or any other.
         """
+
+    def ask_all(self, examples: Sequence[Example], tick: Tick) -> list[Reply]:
+        """Answer several examples as `ask` does, at most `together`; `tick` is told of each context in its turn."""

@@ -34,7 +34,7 @@ class Engines:
         ways: list[Way],
         kv: str = "auto",
         leave_out: Callable[[str], None] | None = None,
-        local: type[Local] = Local,
+        local: Callable[..., Local] = Local,
     ) -> None:
         """Take what is asked for.
 
@@ -43,7 +43,7 @@ class Engines:
             ways: how to attend.
             kv: the format of keys and values as the engines are told.
             leave_out: told which way can't work at which length; None: that is an error.
-            local: what asks.
+            local: makes what asks, as `Local` does.
         """
         self._make, self._ways, self._kv, self._leave_out, self._local = make, ways, kv, leave_out, local
 

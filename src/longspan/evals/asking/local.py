@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,17 +17,25 @@ from torch.nn.functional import cross_entropy
 from longspan.attention import Hints, make
 from longspan.attention.retrieval import Retrieval
 from longspan.engine import prompts, rereading
+from longspan.engine.contexts import Context
 from longspan.engine.generation import Answer, Stats, decode
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
 from longspan.engine.llm import LLM
 from longspan.engine.sampler import SamplingParams
+from longspan.engine.stops import TextStream
 from longspan.errors import UsageError
 from longspan.evals.asking.asker import Identity, Reply, Tick
 from longspan.evals.questions.example import Example, Template
 from longspan.evals.questions.scoring import score
+from longspan.evals.together import continued
 from longspan.hf.model import CausalModel
 from longspan.sessions.session import Session
+
+_TOGETHER = {"cpu": 1, "cuda": 16}
+"""Questions whose answers are written together: a GPU takes as long for a token of one as for one of each."""
+_STACKED = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""Bytes of keys and values that may wait to be answered from together; memory takes about twice as many."""
 
 
 def template_of(model: CausalModel) -> Template:
@@ -41,7 +50,16 @@ class Local:
     parallel = 1
     chooses = True
 
-    def __init__(self, llm: LLM, kv: str = "auto", mechanism: str | None = None, budget: str = "") -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        kv: str = "auto",
+        mechanism: str | None = None,
+        budget: str = "",
+        *,
+        together: int | None = None,
+        stacked: int | None = None,
+    ) -> None:
         """Take an engine.
 
         Args:
@@ -49,8 +67,14 @@ class Local:
             kv: the format of keys and values as the engine was told.
             mechanism: how it attends as it was asked for, before a budget set options; None: as the engine says.
             budget: see `Identity`.
+            together: questions whose answers are written side by side; None: as `_TOGETHER` says.
+            stacked: bytes of keys and values from which answers are written at once; None: as `_STACKED` says.
         """
         self.llm = llm
+        on = "cuda" if llm.model.device.type == "cuda" else "cpu"
+        # Pages that give way to others are settled before every step of a context of its own.
+        self.together = 1 if llm.kv_budget.limited else together or _TOGETHER[on]
+        self._stacked = stacked or _STACKED[on]
         attention = "auto" if llm.attention is None else llm.attention.describe()
         self.identity = Identity(
             model=llm.model.name,
@@ -89,6 +113,42 @@ class Local:
 
     def ask(self, example: Example, tick: Tick = lambda _, __: None) -> Reply:
         """See `Asker`."""
+        begun = self._begin(example, tick)
+        answer = Answer("", [], Stats(), "", begun.attention, self.llm.model.name)
+        nll: float | None = None
+        try:
+            if example.follows:
+                nll = _nll(begun.reader, begun.suffix)
+            else:
+                self._write(begun.reader, begun.suffix, example, answer, begun.asked)
+        finally:
+            begun.free()
+        return begun.reply(answer.text, answer.stats, nll)
+
+    def ask_all(self, examples: Sequence[Example], tick: Tick = lambda _, __: None) -> list[Reply]:
+        """See `Asker`: contexts are read one by one, and answers written together, as many as bytes allow."""
+        replies: list[Reply] = []
+        waiting: list[_Begun] = []
+        try:
+            for example in examples:
+                if example.follows:
+                    replies += self._written(waiting)
+                    replies.append(self.ask(example, tick))
+                    continue
+                begun = self._begin(example, tick)
+                waiting.append(begun)
+                begun.first = int(begun.reader.step(begun.suffix).argmax())
+                begun.first_seconds = time.perf_counter() - begun.asked
+                if sum(each.nbytes for each in waiting) >= self._stacked:
+                    replies += self._written(waiting)
+            replies += self._written(waiting)
+        finally:
+            for begun in waiting:
+                begun.free()
+        return replies
+
+    def _begin(self, example: Example, tick: Tick) -> _Begun:
+        """Read an example's context; what is to be read after it comes with it."""
         llm, model = self.llm, self.llm.model
         session = llm.session()
         llm.add_text(session, example.context)
@@ -98,8 +158,6 @@ class Local:
         head = [] if again else model.tokens(example.template.before)
         session.head = len(head)
         tokens = head + session.tokens
-        answer = Answer("", [], Stats(), "", mechanism.describe(), model.name)
-        nll: float | None = None
         try:
             started = time.perf_counter()
             context.extend(tokens, lambda _: tick(context.length, len(tokens)))
@@ -115,25 +173,10 @@ class Local:
                 if mechanism.wanted_pages:
                     chosen = llm.choose(example.question, session)
                     reader.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
-            if example.follows:
-                nll = _nll(reader, suffix)
-            else:
-                self._write(reader, suffix, example, answer, asked)
-        finally:
+        except BaseException:
             context.free()
-        stats = answer.stats
-        return Reply(
-            text=answer.text,
-            attention=answer.attention,
-            beyond=not reader.beyond_window and len(tokens) + len(suffix) > model.dimensions.window and not again,
-            read_tokens=len(tokens),
-            read_seconds=asked - started,
-            kept_bytes=kept,
-            first_token_seconds=stats.first_token_seconds,
-            decoded_tokens=stats.decoded_tokens,
-            decode_seconds=stats.decode_seconds,
-            nll=nll,
-        )
+            raise
+        return _Begun(example, mechanism.describe(), context, reader, len(tokens), suffix, started, asked, kept)
 
     def _again(self, context: IndexContext, session: Session, example: Example) -> tuple[KVContext, list[int]]:
         """Return a context for what retrieval reads again, and the tokens that it reads."""
@@ -151,6 +194,110 @@ class Local:
         for _ in decode(self.llm.model, logits, reader.step, params, answer, asked, example.max_tokens):
             if score(answer.text, example.outputs, example.scoring) == 1:
                 break
+
+    def _written(self, waiting: list[_Begun]) -> list[Reply]:
+        """Write the answers of contexts whose questions were read, free them, and leave none waiting."""
+        if not waiting:
+            return []
+        model = self.llm.model
+        answers = [_Writing(model, begun.example) for begun in waiting]
+        continued(
+            model,
+            [begun.reader for begun in waiting],
+            [begun.first for begun in waiting],
+            max(begun.example.max_tokens for begun in waiting),
+            lambda i, tokens: answers[i].over(tokens[-1]),
+        )
+        replies = [
+            begun.reply(each.text, each.stats(begun), None) for begun, each in zip(waiting, answers, strict=True)
+        ]
+        told = {"together": float(len(waiting))} if len(waiting) > 1 else {}
+        for begun in waiting:
+            begun.free()
+        waiting.clear()
+        return [replace(reply, measures=told) for reply in replies]
+
+
+@dataclass
+class _Begun:
+    """A question whose context was read."""
+
+    example: Example
+    attention: str
+    context: Context
+    reader: KVContext
+    """What reads the question: the context itself, or one for what retrieval reads again."""
+    count: int
+    """Tokens of the context."""
+    suffix: list[int]
+    started: float
+    asked: float
+    """When the context was read, in seconds of `time.perf_counter`."""
+    kept: int
+    first: int = 0
+    """The answer's first token."""
+    first_seconds: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that were read: memory of what was evicted is set aside until the end."""
+        sizes, model = self.context.model.dimensions, self.context.model
+        tokens = self.count + len(self.suffix) + self.example.max_tokens
+        return int(tokens * sizes.layers * sizes.shape(model.dtype.itemsize).token_bytes)
+
+    def free(self) -> None:
+        """Give every page back."""
+        self.reader.free()
+        if self.context is not self.reader:
+            self.context.free()
+
+    def reply(self, text: str, stats: Stats, nll: float | None) -> Reply:
+        """Return the reply with this text."""
+        model, again = self.context.model, self.context is not self.reader
+        most = self.count + len(self.suffix)
+        return Reply(
+            text=text,
+            attention=self.attention,
+            beyond=not self.reader.beyond_window and most > model.dimensions.window and not again,
+            read_tokens=self.count,
+            read_seconds=self.asked - self.started,
+            kept_bytes=self.kept,
+            first_token_seconds=stats.first_token_seconds,
+            decoded_tokens=stats.decoded_tokens,
+            decode_seconds=stats.decode_seconds,
+            nll=nll,
+        )
+
+
+class _Writing:
+    """One of several answers that are written together."""
+
+    def __init__(self, model: CausalModel, example: Example) -> None:
+        """Begin an answer."""
+        self._ends, self._example, self._stream = model.end_tokens, example, TextStream(model.decode)
+        self.text = ""
+        self._count, self._began, self._seconds = 0, time.perf_counter(), 0.0
+
+    def over(self, token: int) -> bool:
+        """Take the next token; return whether the answer ends with it, as `decode` and `_write` would have it."""
+        example = self._example
+        if token in self._ends:
+            self.text += self._stream.finish()
+            return True
+        self._count += 1
+        self._seconds = time.perf_counter() - self._began
+        if piece := self._stream.push(token):
+            self.text += piece
+            if score(self.text, example.outputs, example.scoring) == 1:
+                return True
+        if self._count < example.max_tokens:
+            return False
+        self.text += self._stream.finish()
+        return True
+
+    def stats(self, begun: _Begun) -> Stats:
+        """Return tokens and seconds; those of others that were written at the same time are among the latter."""
+        return Stats(decoded_tokens=self._count, decode_seconds=self._seconds, first_token_seconds=begun.first_seconds)
 
 
 def _nll(reader: KVContext, tokens: list[int]) -> float:

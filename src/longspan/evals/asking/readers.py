@@ -35,6 +35,8 @@ def reading(asker: Asker, how: Reading) -> Asker:
 class _Around:
     """An asker around another one."""
 
+    together = 1
+
     def __init__(self, asker: Asker) -> None:
         """Take who answers."""
         self._asker = asker
@@ -76,6 +78,10 @@ class _Around:
     def choose(self, text: str, question: str) -> list[tuple[int, int]]:
         """See `Asker`."""
         return self._asker.choose(text, question)
+
+    def ask_all(self, examples: Sequence[Example], tick: Tick) -> list[Reply]:
+        """See `Asker`."""
+        raise AssertionError("what is read of each context is chosen for its question")
 
     def _ask(self, example: Example, tick: Tick) -> Reply:
         """Ask an example that was changed."""

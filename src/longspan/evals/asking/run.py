@@ -1,7 +1,8 @@
 """Asks the questions that a journal does not hold yet, and tells how far it is: a running score and the time left.
 
 Questions take turns: the first of every task, length and asker, then the second, so that a run that ends early has
-asked each about as often. It does not know who answers, nor what is asked.
+asked each about as often; what an asker answers together comes together. It does not know who answers, nor what is
+asked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import math
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -110,7 +112,8 @@ def run(
         tell: told the progress, a line a question.
         told: see `Told`.
         elsewhere: rows of other journals, which are not asked again.
-        until: when to stop, in seconds of `time.monotonic`; one question is asked before the first look at the clock.
+        until: when to stop, in seconds of `time.monotonic`; one question, or those that are answered together with it,
+            are asked before the first look at the clock.
     """
     done = answered([*journal.entries, *elsewhere])
     left = [each for each in asked if each.key not in done]
@@ -124,13 +127,14 @@ def run(
     journal.begin({"run": name, **about})
     beyond: set[str] = set()
     count = len(left)
-    for each, row, reply in _answers(given, left, name, told, progress):
-        if reply.beyond and reply.attention not in beyond:
-            beyond.add(reply.attention)
-            tell(f"{reply.attention} reads beyond what {each.asker.identity.model} was trained on: expect nonsense")
-        journal.append(asdict(row))
-        progress.asked(row)
-        count -= 1
+    for group in _answers(given, left, name, told, progress):
+        for each, row, reply in group:
+            if reply.beyond and reply.attention not in beyond:
+                beyond.add(reply.attention)
+                tell(f"{reply.attention} reads beyond what {each.asker.identity.model} was trained on: expect nonsense")
+            journal.append(asdict(row))
+            progress.asked(row)
+            count -= 1
         if time.monotonic() >= until:
             break
     return count
@@ -151,10 +155,13 @@ def _key(given: Given, asker: Asker, task: str, length: int, number: int) -> Key
     )
 
 
+Answered = tuple[Asked, Row, Reply]
+
+
 def _answers(
     given: Given, left: Sequence[Asked], run: str, told: Told, progress: _Progress
-) -> Iterator[tuple[Asked, Row, Reply]]:
-    """Yield every question with its row as it is answered; several at once where askers allow it."""
+) -> Iterator[list[Answered]]:
+    """Yield questions with their rows as they are answered; several at once where askers allow it."""
 
     def made(each: Asked) -> tuple[Example, float]:
         key, asker, began = each.key, each.asker, time.perf_counter()
@@ -164,17 +171,28 @@ def _answers(
         )  # fmt: skip
         return found, time.perf_counter() - began
 
-    def answer(each: Asked, question: Example, making: float) -> tuple[Asked, Row, Reply]:
+    def answer(each: Asked, question: Example, making: float) -> list[Answered]:
         began = time.perf_counter()
         reply = each.asker.ask(question, told(progress.told(each.key)))
-        return each, _row(given, each, run, question, reply, making + time.perf_counter() - began), reply
+        return [(each, _row(given, each, run, question, reply, making + time.perf_counter() - began), reply)]
+
+    def answers(group: Sequence[Asked]) -> list[Answered]:
+        if len(group) == 1:
+            return answer(group[0], *made(group[0]))
+        began = time.perf_counter()
+        questions = [made(each)[0] for each in group]
+        replies = group[0].asker.ask_all(questions, told(progress.told(group[0].key)))
+        seconds = (time.perf_counter() - began) / len(group)
+        return [
+            (each, _row(given, each, run, question, reply, seconds), reply)
+            for each, question, reply in zip(group, questions, replies, strict=True)
+        ]
 
     workers = max(each.asker.parallel for each in left)
     if workers == 1:
-        for each in left:
-            yield answer(each, *made(each))
+        yield from map(answers, _groups(left))
         return
-    pool, waiting, running = ThreadPoolExecutor(workers), iter(left), set[Future[tuple[Asked, Row, Reply]]]()
+    pool, waiting, running = ThreadPoolExecutor(workers), iter(left), set[Future[list[Answered]]]()
     try:
         while True:
             # Questions are made here, one by one: tokenizers need not bear several threads.
@@ -188,6 +206,17 @@ def _answers(
     finally:
         # What is under way is waited for by nobody who stopped.
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _groups(left: Sequence[Asked]) -> Iterator[list[Asked]]:
+    """Yield the questions in their order, each with the next ones that its asker answers together with it."""
+    of: dict[int, deque[int]] = {}
+    for number, each in enumerate(left):
+        of.setdefault(id(each.asker), deque()).append(number)
+    for number, each in enumerate(left):
+        queue = of[id(each.asker)]
+        if queue and queue[0] == number:
+            yield [left[queue.popleft()] for _ in range(min(each.asker.together, len(queue)))]
 
 
 def _row(given: Given, each: Asked, run: str, made: Example, reply: Reply, seconds: float) -> Row:

@@ -32,6 +32,7 @@ class Endpoint:
     """A model of an endpoint."""
 
     measures = chooses = False
+    together = 1
 
     def __init__(
         self, client: Client, model: str, tokenizer: Tokenizer, *, raw: bool = False, parallel: int = 1
@@ -63,6 +64,10 @@ class Endpoint:
     def choose(self, text: str, question: str) -> list[tuple[int, int]]:
         """See `Asker`: an endpoint shows no heads."""
         raise AssertionError("an endpoint chooses nothing")
+
+    def ask_all(self, examples: Sequence[Example], tick: Tick) -> list[Reply]:
+        """See `Asker`: an endpoint is asked from several threads instead."""
+        raise AssertionError("an endpoint is asked one by one")
 
     def ask(self, example: Example, tick: Tick) -> Reply:
         """See `Asker`; a question that the endpoint refuses is a reply with `error`."""
