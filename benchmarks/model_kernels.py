@@ -25,6 +25,10 @@ from benchmarks.model_cases.frame import Case, Options
 from longspan.lengths import tokens_of
 
 CASES = {
+    "conv": "benchmarks.model_cases.mamba",
+    "scan": "benchmarks.model_cases.mamba",
+    "gated": "benchmarks.model_cases.mamba",
+    "step": "benchmarks.model_cases.mamba",
     "norm": "benchmarks.model_cases.mamba",
     "route": "benchmarks.model_cases.experts",
     "experts": "benchmarks.model_cases.experts",

@@ -31,3 +31,23 @@ def described(x: Tensor, rows: int) -> TensorDescriptor:
     token, dim = x.stride(2), x.shape[-1]
     reach = 1 + sum((size - 1) * step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)) // token
     return TensorDescriptor(x, [reach, dim], [token, 1], [rows, dim])
+
+
+def can_copy_tokens(x: Tensor) -> bool:
+    """Return whether the engine can bring tokens of x `[B, T, H, D]`, whose heads' channels lie together."""
+    batch, token, head, one = x.stride()
+    size = x.element_size()
+    whole = one == 1 and (head == x.shape[3] or x.shape[2] == 1) and token * size % 16 == 0
+    return whole and size == 2 and (batch * size % 16 == 0 or x.shape[0] == 1) and x.data_ptr() % 16 == 0
+
+
+def described_tokens(x: Tensor, tokens: int, channels: int) -> TensorDescriptor:
+    """Describe x `[B, T, H, D]`, of which blocks of one sequence's tokens and neighbouring channels are copied, by
+    sequence, token, and channel of all heads'. What lies behind the last token is 0.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, count, heads, dim = x.shape
+    token = x.stride(1)
+    sequence = x.stride(0) if batch > 1 else count * token
+    return TensorDescriptor(x, [batch, count, heads * dim], [sequence, token, 1], [1, tokens, channels])

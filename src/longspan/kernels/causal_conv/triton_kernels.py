@@ -1,8 +1,8 @@
 """Short causal convolutions as Triton kernels.
 
-A program takes `BLOCK_T` tokens of `BLOCK_C` channels and reads them once for each tap: device memory brings them once,
-the first cache the other times. Programs of neighbouring channels are neighbours, so that rows are read whole. The
-programs of the last tokens also write the new state.
+A program takes blocks of tokens of some channels, and reads each block once for each tap: device memory brings it once,
+the first cache the other times. The taps' weights stay in registers from block to block. Programs of neighbouring
+channels are neighbours, so that rows are read whole. The programs of the last tokens also write the new state.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens and channels of a program, and its warps."""
+    """Tokens and channels of a block, blocks that a program takes one after another, and its warps."""
 
-    tokens: int = 32
+    tokens: int = 16
     channels: int = 128
+    blocks: int = 8
     warps: int = 4
 
 
@@ -28,35 +29,39 @@ class Tile:
 def _causal_conv_kernel(
     p_x, p_weight, p_bias, p_state, p_y, p_newest,
     s_x_batch, s_x_token, s_state_batch, s_state_channel, s_weight, tokens,
-    C: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
     BIAS: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     i_c, i_t, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = i_t * BLOCK_T
     o_c, o_t = i_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_T)
     m_c = o_c < C
     p_x += i_batch * s_x_batch
     p_state += i_batch * s_state_batch
-    p_tile = p_x + first.to(tl.int64) * s_x_token + o_c[None, :]
-    b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    p_weight += o_c * s_weight
+    b_bias = tl.zeros([BLOCK_C], tl.float32)
     if BIAS:
-        b_y += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    for w in tl.static_range(W):
-        back: tl.constexpr = W - 1 - w
-        o_at = o_t - back  # relative to the tile's first token
-        m = m_c[None, :] & (first + o_at >= 0)[:, None] & (first + o_at < tokens)[:, None]
-        b_x = tl.load(p_tile + o_at[:, None] * s_x_token, mask=m, other=0.0).to(tl.float32)
-        if STATE and back > 0:
-            m = m_c[None, :] & (first + o_at < 0)[:, None]
-            p_old = p_state + o_c[None, :] * s_state_channel + (W - 1 + first + o_at)[:, None]
-            b_x += tl.load(p_old, mask=m, other=0.0).to(tl.float32)
-        b_weight = tl.load(p_weight + o_c * s_weight + w, mask=m_c, other=0.0).to(tl.float32)
-        b_y += b_x * b_weight[None, :]
-    if SILU:
-        b_y = b_y * tl.sigmoid(b_y)
-    p_out = p_y + (i_batch * tokens + first) * C + o_t[:, None] * C + o_c[None, :]
-    tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_c[None, :] & (first + o_t < tokens)[:, None])
-    if first + BLOCK_T >= tokens:
+        b_bias += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for first in tl.range(i_t * BLOCKS * BLOCK_T, tl.minimum((i_t + 1) * BLOCKS * BLOCK_T, tokens), BLOCK_T):
+        p_tile = p_x + first.to(tl.int64) * s_x_token + o_c[None, :]
+        m_t = first + o_t < tokens
+        b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32) + b_bias[None, :]
+        for w in tl.static_range(W):
+            o_at = o_t - (W - 1 - w)  # relative to the block's first token
+            m = m_c[None, :] & ((first + o_at >= 0) & m_t)[:, None]
+            b_x = tl.load(p_tile + o_at[:, None] * s_x_token, mask=m, other=0.0).to(tl.float32)
+            b_y += b_x * tl.load(p_weight + w, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        if STATE:
+            if first < W - 1:
+                for w in range(W - 1):
+                    o_at = first + o_t - (W - 1 - w)
+                    p_old = p_state + o_c[None, :] * s_state_channel + (W - 1 + o_at)[:, None]
+                    b_x = tl.load(p_old, mask=m_c[None, :] & (o_at < 0)[:, None], other=0.0).to(tl.float32)
+                    b_y += b_x * tl.load(p_weight + w, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        if SILU:
+            b_y = b_y * tl.sigmoid(b_y)
+        p_out = p_y + (i_batch * tokens + first) * C + o_t[:, None] * C + o_c[None, :]
+        tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_c[None, :] & m_t[:, None])
+    if (i_t + 1) * BLOCKS * BLOCK_T >= tokens:
         for w in tl.static_range(W - 1):
             t = tokens - (W - 1) + w
             b_new = tl.zeros([BLOCK_C], p_newest.dtype.element_ty)
@@ -136,10 +141,11 @@ def causal_conv(
     tile = tile or Tile()
     block_t = min(tile.tokens, triton.next_power_of_2(tokens))
     block_c = min(tile.channels, triton.next_power_of_2(channels))
-    _causal_conv_kernel[(triton.cdiv(channels, block_c), triton.cdiv(tokens, block_t), batch)](
+    pieces = triton.cdiv(tokens, block_t * tile.blocks)
+    _causal_conv_kernel[(triton.cdiv(channels, block_c), pieces, batch)](
         x, weight, weight if bias is None else bias, x if held is None else held, y, newest,
         x.stride(0), x.stride(1), *((0, 0) if held is None else held.stride()[:2]), weight.stride(0), tokens,
-        C=channels, W=width, BLOCK_T=block_t, BLOCK_C=block_c,
+        C=channels, W=width, BLOCK_T=block_t, BLOCK_C=block_c, BLOCKS=tile.blocks,
         BIAS=bias is not None, STATE=held is not None and width > 1, SILU=activation == "silu", num_warps=tile.warps,
     )  # fmt: skip
     return y, newest
