@@ -41,7 +41,8 @@ def _causal_conv_kernel(
     b_bias = tl.zeros([BLOCK_C], tl.float32)
     if BIAS:
         b_bias += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-    for first in tl.range(i_t * BLOCKS * BLOCK_T, tl.minimum((i_t + 1) * BLOCKS * BLOCK_T, tokens), BLOCK_T):
+    for i in tl.range(0, tl.minimum(BLOCKS, tl.cdiv(tokens, BLOCK_T) - i_t * BLOCKS)):
+        first = (i_t * BLOCKS + i) * BLOCK_T
         p_tile = p_x + first.to(tl.int64) * s_x_token + o_c[None, :]
         m_t = first + o_t < tokens
         b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32) + b_bias[None, :]
@@ -50,13 +51,14 @@ def _causal_conv_kernel(
             m = m_c[None, :] & ((first + o_at >= 0) & m_t)[:, None]
             b_x = tl.load(p_tile + o_at[:, None] * s_x_token, mask=m, other=0.0).to(tl.float32)
             b_y += b_x * tl.load(p_weight + w, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        if STATE:
+        if STATE:  # noqa: SIM102 - known when it is compiled, unlike the other
             if first < W - 1:
-                for w in range(W - 1):
-                    o_at = first + o_t - (W - 1 - w)
-                    p_old = p_state + o_c[None, :] * s_state_channel + (W - 1 + o_at)[:, None]
-                    b_x = tl.load(p_old, mask=m_c[None, :] & (o_at < 0)[:, None], other=0.0).to(tl.float32)
-                    b_y += b_x * tl.load(p_weight + w, mask=m_c, other=0.0).to(tl.float32)[None, :]
+                for j in range(W - 1):
+                    o_old = first + o_t + j  # place in the state
+                    m_old = m_c[None, :] & (o_old < W - 1)[:, None]
+                    p_old = p_state + o_c[None, :] * s_state_channel + o_old[:, None]
+                    b_old = tl.load(p_old, mask=m_old, other=0.0).to(tl.float32)
+                    b_y += b_old * tl.load(p_weight + j, mask=m_c, other=0.0).to(tl.float32)[None, :]
         if SILU:
             b_y = b_y * tl.sigmoid(b_y)
         p_out = p_y + (i_batch * tokens + first) * C + o_t[:, None] * C + o_c[None, :]
@@ -68,8 +70,8 @@ def _causal_conv_kernel(
             if t >= 0:
                 b_new = tl.load(p_x + t.to(tl.int64) * s_x_token + o_c, mask=m_c, other=0.0)
             elif STATE:
-                b_old = tl.load(p_state + o_c * s_state_channel + (W - 1 + t), mask=m_c, other=0.0)
-                b_new = b_old.to(p_newest.dtype.element_ty)
+                b_kept = tl.load(p_state + o_c * s_state_channel + (W - 1 + t), mask=m_c, other=0.0)
+                b_new = b_kept.to(p_newest.dtype.element_ty)
             tl.store(p_newest + (i_batch * C + o_c) * (W - 1) + w, b_new, mask=m_c)
 
 
