@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import Cost, Hints, Mechanism, Shape
-from longspan.kernels.partial_attention import merge_partials, partial_attention
+from longspan.kernels.causal_attention import causal_attention
+from longspan.kernels.partial_attention import partial_attention
 from longspan.kv.base import LayerKV
 
 
@@ -41,12 +42,7 @@ class Dense(Mechanism):
         v = kv.values(0, stop)
         if count == 1:
             return partial_attention(q, k, v, scale=scale)[0]
-        triangle = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()
-        near = partial_attention(q, k[:, :, first:], v[:, :, first:], triangle, scale=scale)
-        if first == 0:
-            return near[0]
-        past = partial_attention(q, k[:, :, :first], v[:, :, :first], scale=scale)
-        return merge_partials(torch.stack([past[0], near[0]]), torch.stack([past[1], near[1]]))[0]
+        return causal_attention(q, k, v, scale=scale)
 
     def cost(self, n: int, shape: Shape) -> Cost:
         """See `Mechanism.cost`."""

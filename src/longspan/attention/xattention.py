@@ -31,11 +31,11 @@ from torch import Tensor
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least
 from longspan.attention.dense import Dense
 from longspan.errors import UsageError
-from longspan.kernels.partial_attention import merge_partials, partial_attention
+from longspan.kernels.block_attention import block_attention
 from longspan.kv.base import LayerKV
 
 _PIECE = 1 << 24
-"""Numbers of working memory that scores, and keys gathered together, may take (64 MiB in float32)."""
+"""Numbers of working memory that scores may take (64 MiB in float32)."""
 
 DENSITY = ((0.6, 0.13), (0.8, 0.21), (0.9, 0.30), (0.95, 0.40), (0.98, 0.51))
 """Share of a causal prefill's (query, key) pairs that is read at each threshold, with stride 16: SmolLM2-135M, 8K of
@@ -138,54 +138,11 @@ class XAttention(Mechanism):
     def _attend_blocks(self, q: Tensor, kv: LayerKV, first: int, scale: float) -> Tensor:
         """Attend from whole blocks of queries `[B, Hq, T, D]` at `first ..`, a multiple of the block."""
         stop = first + q.shape[2]
-        past = stop - self.block
         q = kv.queries_from(q, first)
         k, v = kv.keys_at_own_positions(0, stop), kv.values(0, stop)
-        out, lse = self._attend_own(q, k[:, :, first:], v[:, :, first:], scale)
-        if past == 0:
-            return out
-        k, v = k[:, :, :past], v[:, :, :past]
-        far, far_lse = self._attend_chosen(q, k, v, self.choose(q, k, first, scale), scale)
-        return merge_partials(torch.stack([far, out]), torch.stack([far_lse, lse]))[0]
-
-    def _attend_own(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attend from each block of queries to itself, causally."""
-        count = q.shape[2]
-        triangle = torch.ones(self.block, self.block, dtype=torch.bool, device=q.device).tril()
-        # Blocks become entries of the batch.
-        q, k, v = (x.unflatten(2, (-1, self.block)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out, lse = partial_attention(q, k, v, triangle, scale=scale)
-        batch = q.shape[0] * self.block // count
-        out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
-        return out, lse.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
-
-    def _attend_chosen(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attend from blocks of queries `[B, Hq, T, D]` to whole blocks of keys, `chosen` as `choose` returns it."""
-        batch, heads, count, dim = q.shape
-        kv_heads = k.shape[1]
-        rows = q.reshape(batch, kv_heads, -1, self.block, dim)  # [B, Hkv, heads of a group * blocks, block, D]
-        out = q.new_zeros(*rows.shape[:-1], v.shape[-1])
-        lse = q.new_full(rows.shape[:-1], float("-inf"))
-        numbers = chosen.sum(-1).view(rows.shape[:3])
-        first = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).view(*rows.shape[:3], -1)
-        for b in range(batch):
-            for h in range(kv_heads):
-                # A block is one row of memory here, so that gathering it is one plain copy.
-                keys, values = (x[b, h].unflatten(0, (-1, self.block)).flatten(1) for x in (k, v))
-                by_number = numbers[b, h].argsort(stable=True)
-                distinct, many = numbers[b, h, by_number].unique_consecutive(return_counts=True)
-                # Rows that read equally many blocks are one product without a mask, their keys side by side.
-                for number, some in zip(distinct.tolist(), by_number.split(many.tolist()), strict=True):
-                    if number == 0:
-                        continue
-                    for at in some.split(max(1, _PIECE // (number * self.block * dim))):
-                        blocks = first[b, h, at, :number].flatten()
-                        part_k, part_v = (
-                            x.index_select(0, blocks).view(len(at), 1, number * self.block, -1) for x in (keys, values)
-                        )
-                        part = partial_attention(rows[b, h, at].unsqueeze(1), part_k, part_v, scale=scale)
-                        out[b, h, at], lse[b, h, at] = part[0].squeeze(1), part[1].squeeze(1)
-        return out.view(batch, heads, count, -1), lse.view(batch, heads, count)
+        past = stop - self.block
+        chosen = self.choose(q, k[:, :, :past], first, scale) if past else q.new_empty(*q.shape[:2], 1, 0).bool()
+        return block_attention(q, k, v, chosen, scale=scale)
 
 
 def _densely(q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:

@@ -41,14 +41,14 @@ def partial_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend from q to one part of the keys; arguments and results as in the reference."""
     assert _FLASH is not None, "serves() was not asked"
-    if k.dtype == torch.bfloat16 and _native():
+    if k.dtype == torch.bfloat16 and multiplies_bfloat16():
         out, lse = _attend(q.to(k.dtype), k, v, mask, scale)
         return out.to(q.dtype), lse.to(q.dtype)
     return _attend(q, k.to(q.dtype), v.to(q.dtype), mask, scale)
 
 
 @functools.cache
-def _native() -> bool:
+def multiplies_bfloat16() -> bool:
     """Return whether this CPU multiplies bfloat16 by instructions of its own."""
     return bool(
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
