@@ -1,7 +1,6 @@
 """Dense attention: every key, exactly.
 
-`out_t = softmax(q_t K_{0..t} / sqrt(D)) V_{0..t}` (Attention Is All You Need, arXiv 1706.03762, equation 1), computed
-in two parts, the keys before the tile and the triangle within it, merged by their log-sum-exp.
+`out_t = softmax(q_t K_{0..t} / sqrt(D)) V_{0..t}` (Attention Is All You Need, arXiv 1706.03762, equation 1).
 
 Beyond the length that the model was trained on, positions are read as they are: the result is exact attention at
 positions the model has never seen, which most models don't survive.
@@ -12,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from longspan.attention.base import Cost, Hints, Mechanism, Shape
