@@ -37,6 +37,8 @@ class Cut:
         programs: a multiprocessor, each of which takes tile after tile; 0: one program a tile.
         halves: whether a tile is written in two parts, which saves shared memory.
         gather: whether the first product's rows are gathered as they are read, or copied before.
+        parted: whether warps have parts of their own (`gluon_kernels`, which knows one tile), where the copy engine
+            can be used.
     """
 
     rows: int
@@ -47,13 +49,14 @@ class Cut:
     programs: int = 0
     halves: bool = False
     gather: bool = False
+    parted: bool = False
 
 
 @triton.jit
 def activated(b_x, b_other, RELU2: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr):
     """Return the activation of b_x; gated: times b_other."""
     if RELU2:
-        b_x = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        b_x = tl.where(b_x < 0.0, 0.0, b_x)  # NaN stays
         b_x = b_x * b_x
     if SILU:
         b_x = b_x * tl.sigmoid(b_x)
@@ -147,6 +150,15 @@ def product(
     able = all(_copied(one) for one in (x, weight, out)) and (not gated or parts.stride(0) == 2 * parts.stride(1))
     engine = (hopper(x.device) if engine is None else engine) and able
     halves = engine and cut.halves
+    whole = weight.stride(0) == outs * weight.stride(1) and layout.pad == cut.rows
+    if engine and cut.parted and whole and not gather:
+        from longspan.kernels.experts import gluon_kernels
+
+        gluon_kernels.launch(
+            x, weight, out, layout.expert, layout.tiles, _multiprocessors(x.device),
+            activation=activation, gated=gated, stages=cut.stages,
+        )  # fmt: skip
+        return out
     p_x, p_w, p_out = x, weight, out
     if engine:
         p_x = x if gather else _described(x, cut.rows, cut.depth)
