@@ -9,7 +9,7 @@ import torch
 
 from longspan.kernels.held import Held
 from longspan.kernels.span_attention import reference
-from longspan.kernels.tiles import hopper
+from longspan.kernels.tiles import hopper, roomy
 
 pytest.importorskip("triton")
 from longspan.kernels.span_attention import launch
@@ -98,7 +98,8 @@ def test_what_the_parted_kernel_marks_is_done_anew(rows, monkeypatch):
     """Two marks for each of its tiles: one for half of its rows, 64 in their order."""
     gluon_kernels = pytest.importorskip("longspan.kernels.span_attention.gluon_kernels")
     q, k, v, lo, hi = inputs(rows=rows, dtype=torch.float16)
-    wanted, _ = launch.span_attention(q, k, v, lo, hi, scale=0.25, out_dtype=q.dtype)
+    tile = launch.forward_tile(q.dtype, 16, roomy(q.device), few=True)
+    wanted, _ = launch.span_attention(q, k, v, lo, hi, scale=0.25, out_dtype=q.dtype, tile=tile)
     marks = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 0, 0, 1, 0]], dtype=torch.int32, device=DEVICE)
     marks = marks[:, : -(-rows // 128) * 2].contiguous()
     orders = []
