@@ -34,6 +34,12 @@ def roomy(device: torch.device) -> bool:
     return bool(driver.active.utils.get_device_properties(index)["max_shared_mem"] >= _ROOMY)
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; elsewhere as many as an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def hopper(device: torch.device) -> bool:
     """Return whether a device is a Hopper GPU: only there are copies by its engine, as written here, known to pay."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -25,7 +25,7 @@ from longspan.kernels.held import MIXED, Held
 from longspan.kernels.held_triton import load_rows
 from longspan.kernels.superlinear.search import Search, Turn
 from longspan.kernels.superlinear.triton_search import reach_of, search_newest_kernel
-from longspan.kernels.tiles import hopper
+from longspan.kernels.tiles import hopper, processors
 
 _LOG2E = 1.4426950408889634
 _NEVER = 2**31 - 1
@@ -43,10 +43,28 @@ class Cut:
     """Anchors that a program scores."""
 
 
-def cut_for(dtype: torch.dtype, kind: int, dim: int, longest: int) -> Cut:
-    """Return the cut for a type, what holds it, a head size, and spans of up to `longest` keys (as Hopper likes it)."""
+def cut_for(dtype: torch.dtype, kind: int, dim: int, longest: int, rows: int = 0, slots: int = 396) -> Cut:
+    """Return the cut for a type, what holds it, and a head size (as Hopper likes it).
+
+    Args:
+        dtype: of keys and values.
+        kind: what holds them.
+        dim: head size.
+        longest: keys of the longest span.
+        rows: spans that are read.
+        slots: programs that run at the same time: three a multiprocessor, of an H100 or H200 here.
+    """
     keys = 64 if dim > 128 or dtype == torch.float32 or kind == MIXED else 128
-    return Cut(256 if longest < 1500 else 512 if longest < 3000 else 1024, keys)
+    split = 256 if longest < 1500 else 512 if longest < 3000 else 1024
+    # What lies over whole pieces by a few keys is a piece of its own, which ends at once.
+    reach = max(1, longest - 64)
+    pieces = triton.cdiv(reach, split)
+    if rows * pieces > 2 * slots:
+        # Programs run in rounds: 13 pieces of each of 96 spans take four, 12 take three.
+        fewer = range(max(1, pieces * 3 // 4), pieces + 1)
+        pieces = min(fewer, key=lambda count: triton.cdiv(rows * count, slots) * triton.cdiv(reach, count))
+        split = triton.cdiv(triton.cdiv(reach, pieces), 64) * 64
+    return Cut(split, keys)
 
 
 @triton.jit
@@ -366,7 +384,8 @@ def decode(
     spans = search.spans if steps.numel() else 0
     longest = search.longest(capacity) if spans else 0
     early = hopper(q.device) if early is None else early
-    cut = cut or cut_for(q.dtype, v.kind, max(dim, value_dim), longest)
+    read = sequences * (k.heads if search.share == "group" else heads) * spans
+    cut = cut or cut_for(q.dtype, v.kind, max(dim, value_dim), longest, read, 3 * processors(q.device))
     dims = {"D": dim, "B_D": max(16, triton.next_power_of_2(dim))}
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     block_g = max(16, triton.next_power_of_2(group))
