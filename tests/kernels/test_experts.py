@@ -33,7 +33,7 @@ STEPS = [triton_decode.Cut(32, 64, 4, 32, 64, 4)] if not CUDA else [None, triton
 """The interpreter's time goes by programs: few."""
 if CUDA:
     SIZES += [(500, 16, 6, 2688, 1856, 3712, "relu2", False), (300, 16, 4, 1024, 768, 0, "silu", True)]
-    CUTS += [Cut(128, 256, 64, 8, 3, programs=1), Cut(128, 128, 64, 8, 3, gather=True), Cut(64, 64, 64, 4, 3)]
+    CUTS += [Cut(128, 256, 64, 8, 3, programs=1), Cut(128, 256, 64, 8, 4, parted=True), Cut(64, 64, 64, 4, 3)]
 ROUTINGS = [
     (7, Routing(2)),
     (8, Routing(3, groups=4, top_groups=2, scale=2.5)),

@@ -75,15 +75,15 @@ def _activated(b_x, RELU2: gl.constexpr, SILU: gl.constexpr):
 
 
 @gluon.jit
-def _write(out_rows, s_out, b_x, m, n, i_half, I: gl.constexpr):
+def _write(out_rows, s_out, b_x, m, n, i_half, PARTS_BEFORE: gl.constexpr):
     """Write the columns in parts; a part's place is free once what it held before is written."""
     WIDE: gl.constexpr = b_x.shape[1]
     if WIDE > 64:
         b_left, b_right = _halves(b_x)
-        _write(out_rows, s_out, b_left, m, n, i_half, I)
-        _write(out_rows, s_out, b_right, m, n + WIDE // 2, i_half, I + WIDE // 128)
+        _write(out_rows, s_out, b_left, m, n, i_half, PARTS_BEFORE)
+        _write(out_rows, s_out, b_right, m, n + WIDE // 2, i_half, PARTS_BEFORE + WIDE // 128)
     else:
-        place = s_out.index(2 * i_half + I % 2)
+        place = s_out.index(2 * i_half + PARTS_BEFORE % 2)
         tma.store_wait(1)
         place.store(b_x.to(out_rows.dtype))
         fence_async_shared()
