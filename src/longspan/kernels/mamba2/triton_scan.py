@@ -63,10 +63,13 @@ def softplus(x):
 
 @triton.jit
 def _steps_kernel(
-    p_dt, p_bias, p_a, p_steps, p_logs, s_dt_batch, s_dt_token, s_dt_head, tokens, heads, padded, low, high,
+    p_dt, p_bias, p_a, p_logs, p_since, s_dt_batch, s_dt_token, s_dt_head, tokens, heads, padded, low, high,
     L: tl.constexpr, B_H: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Write time steps and running sums of `dt A log2(e)` within the chunk, both `[B, H, padded]`."""
+    """Write running sums of `dt A log2(e)` within the chunk, and these less log2(dt), both `[B, H, padded]`.
+
+    What token l sees of token s is then `2^(logs[l] - since[s])`, the time step with which s came included.
+    """
     i_chunk, i_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_h, o_t = tl.program_id(1) * B_H + tl.arange(0, B_H), i_chunk * L + tl.arange(0, L)
     m_h = o_h < heads
@@ -78,13 +81,13 @@ def _steps_kernel(
     b_dt = softplus(b_dt)
     if LIMIT:
         b_dt = tl.minimum(tl.maximum(b_dt, low), high)
-    b_dt = tl.where(m, b_dt, 0.0)  # tokens that are not there change nothing
+    b_dt = tl.where(m, b_dt, 0.0)  # tokens that are not there change nothing: since is infinity
     b_a = tl.load(p_a + o_h, mask=m_h, other=0.0).to(tl.float32) * _LOG2_E
     # 2^-150 is 0 in float32: what is smaller would only cost the sums of other tokens their last bits.
     b_sums = tl.cumsum(tl.maximum(b_dt * b_a[None, :], -150.0), 0)
     o = (i_batch * heads + o_h)[None, :] * padded + o_t[:, None]
-    tl.store(p_steps + o, b_dt, mask=m_h[None, :])
     tl.store(p_logs + o, b_sums, mask=m_h[None, :])
+    tl.store(p_since + o, b_sums - tl.log2(b_dt), mask=m_h[None, :])
 
 
 @triton.jit
@@ -103,7 +106,7 @@ def _block(
 
 @triton.jit
 def _walk_kernel(
-    p_x, p_b, p_c, p_steps, p_logs, p_skip, p_start, p_parts, p_totals, p_y, p_final,
+    p_x, p_b, p_c, p_logs, p_since, p_skip, p_start, p_parts, p_totals, p_y, p_final,
     s_x_batch, s_x_token, s_x_head, s_b_batch, s_b_token, s_b_group, s_c_batch, s_c_token, s_c_group,
     tokens, padded, heads, each, per,
     P: tl.constexpr, B_P: tl.constexpr, N: tl.constexpr, B_N: tl.constexpr, L: tl.constexpr,
@@ -128,8 +131,8 @@ def _walk_kernel(
         p_x += i_batch * s_x_batch + i_head.to(tl.int64) * s_x_head
         p_b += i_batch * s_b_batch + i_group.to(tl.int64) * s_b_group
         p_c += i_batch * s_c_batch + i_group.to(tl.int64) * s_c_group
-    p_steps += row * padded
     p_logs += row * padded
+    p_since += row * padded
     p_y += (i_batch * tokens * heads + i_head) * P
 
     b_state = tl.zeros([B_N, B_P], tl.float32)
@@ -147,7 +150,7 @@ def _walk_kernel(
     skip = tl.load(p_skip + i_head).to(tl.float32)
     for i in tl.range(first, last):
         t = i * L
-        b_logs, b_steps = tl.load(p_logs + t + o_t), tl.load(p_steps + t + o_t)  # [L]
+        b_logs, b_since = tl.load(p_logs + t + o_t), tl.load(p_since + t + o_t)  # [L]
         end = tl.load(p_logs + t + L - 1)
         b_x = _block(p_x, tl.program_id(2), t, i_head * blocks + i_block, o_t, o_p, m_p, s_x_token, tokens,
                      L, B_P, B_P, TMA)  # fmt: skip
@@ -155,8 +158,8 @@ def _walk_kernel(
         if OUTPUT:
             b_c = _block(p_c, tl.program_id(2), t, i_group, o_t, o_n, m_n, s_c_token, tokens, L, B_N, N, TMA)
             b_w = tl.dot(b_c, tl.trans(b_b), input_precision=PRECISION)  # [L, L]
-            b_left = tl.exp2(tl.minimum(b_logs[:, None] - b_logs[None, :], 0.0)) * b_steps[None, :]
-            b_w = tl.where(o_t[:, None] >= o_t[None, :], b_w * b_left, 0.0).to(b_x.dtype)
+            b_w = b_w * tl.exp2(b_logs[:, None] - b_since[None, :])
+            b_w = tl.where(o_t[:, None] >= o_t[None, :], b_w, 0.0).to(b_x.dtype)
             b_y = tl.dot(b_c, b_state.to(b_x.dtype), input_precision=PRECISION) * tl.exp2(b_logs)[:, None]
             b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION)  # [L, B_P]
             if SKIP:
@@ -165,7 +168,7 @@ def _walk_kernel(
             tl.store(p, b_y.to(p_y.dtype.element_ty), mask=(t + o_t < tokens)[:, None] & m_p[None, :])
         else:
             total += end
-        b_scaled = (b_x.to(tl.float32) * (tl.exp2(end - b_logs) * b_steps)[:, None]).to(b_x.dtype)
+        b_scaled = (b_x.to(tl.float32) * tl.exp2(end - b_since)[:, None]).to(b_x.dtype)
         b_state = tl.dot(tl.trans(b_b), b_scaled, b_state * tl.exp2(end), input_precision=PRECISION)  # [B_N, B_P]
 
     if OUTPUT:
@@ -213,11 +216,10 @@ def scan(
     segments = triton.cdiv(chunks, per)
 
     padded = chunks * chunk
-    steps = torch.empty(batch, heads, padded, dtype=torch.float32, device=x.device)
-    logs = torch.empty(batch, heads, padded, dtype=torch.float32, device=x.device)
+    logs, since = (torch.empty(batch, heads, padded, dtype=torch.float32, device=x.device) for _ in range(2))
     block_h = min(16, triton.next_power_of_2(heads))
     _steps_kernel[(chunks, triton.cdiv(heads, block_h), batch)](
-        dt, A if dt_bias is None else dt_bias, A, steps, logs, *dt.stride(), tokens, heads, padded, *dt_limit,
+        dt, A if dt_bias is None else dt_bias, A, logs, since, *dt.stride(), tokens, heads, padded, *dt_limit,
         L=chunk, B_H=block_h, BIAS=dt_bias is not None, LIMIT=dt_limit != NO_LIMIT, num_warps=4,
     )  # fmt: skip
 
@@ -229,7 +231,7 @@ def scan(
     brought = [described_tokens(z, chunk, width) if engine else z for z, width in read]
     for output in [False, True] if segments > 1 else [True]:
         _walk_kernel[(programs, segments if output else segments - 1, batch)](
-            *brought, steps, logs, A if D is None else D, final if held is None else held, parts, totals, y, final,
+            *brought, logs, since, A if D is None else D, final if held is None else held, parts, totals, y, final,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], tokens, padded, heads, heads // groups, per,
             P=dim, B_P=block_p, N=size, B_N=block_n, L=chunk,
             OUTPUT=output, START=held is not None, SKIP=D is not None,
