@@ -20,6 +20,13 @@ def test_what_is_no_length_is_told(text):
     assert repr(text) in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["1025M", "99999999999M", str(2**31), "9" * 60])
+def test_what_nothing_measures_is_told(text):
+    with pytest.raises(UsageError, match="at most 1,024M tokens"):
+        tokens_of(text)
+    assert tokens_of("1024M") == 2**30
+
+
 def test_lengths_keep_their_order_and_come_once():
     assert lengths_of("16K,4K, 16384,8000") == [16384, 4096, 8000]
     with pytest.raises(UsageError, match="''"):

@@ -11,6 +11,8 @@ from decimal import Decimal
 from longspan.errors import UsageError
 
 _UNITS = {"K": 1024, "M": 1024 * 1024}
+_MEASURED = 1024 * _UNITS["M"]
+"""Tokens of a context beyond which nothing is measured: no machine's memory holds its text and its tokens."""
 
 
 def tokens_of(text: str) -> int:
@@ -20,7 +22,9 @@ def tokens_of(text: str) -> int:
     number = written[:-1] if unit else written
     if not number.isdecimal() or int(number) < 1:
         raise UsageError(f"{text!r} is no length: write 8192, 8K or 1M")
-    return int(number) * (unit or 1)
+    if (tokens := int(number) * (unit or 1)) > _MEASURED:
+        raise UsageError(f"{text!r} is more than can be measured: give at most {_MEASURED // _UNITS['M']:,}M tokens")
+    return tokens
 
 
 def lengths_of(text: str) -> list[int]:

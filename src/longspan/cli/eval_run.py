@@ -78,6 +78,11 @@ def run(
         setup = Setup(given.question, given.order, given.context)
         tasks = named(evaluation, given.tasks)
         setup.check(evaluation, tasks)
+        if given.base_url is not None and any(evaluation.tasks[task].scoring == "probability" for task in tasks):
+            raise UsageError(
+                f"{evaluation.name} measures the probability of a text, which an endpoint does not give: leave out "
+                "--base-url to ask a model that runs here"
+            )
         made_of = sources(progress) if sources else prose(given, progress)
         what = running.Given(evaluation, tasks, wanted, given.questions, given.seed, made_of, setup)
         file = evaluation.name + (f"-{part + 1}of{parts}" if parts > 1 else "") + ".jsonl"

@@ -162,7 +162,7 @@ def ask(llm: LLM, task: Task, progress: Progress) -> Iterator[Row]:
         spans = [haystack.spans[need] for need in question.needs]
         holding = [_pages(session, *span) for span in spans]
         row = Row(
-            **key._asdict(),
+            **asdict(key),
             spec=task.spec,
             length=len(session.tokens),
             depth=round(spans[0][0] / len(haystack.text), 3),

@@ -6,45 +6,43 @@ It does not know how questions are asked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from longspan.errors import UsageError
 from longspan.evals.journal import Entry, merged, read
 
 
-class Key(NamedTuple):
+@dataclass(frozen=True)
+class Key:
     """What a question is, whenever and wherever it is asked."""
 
     fingerprint: str
+    """Of the model."""
     dtype: str
     mechanism: str
-    kind: str
-    requested: int
-    haystack: int
-    question: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question's outcome; with the fields of its `Key`, by which a later run knows it."""
-
-    mechanism: str
     """The specification without options at their defaults; `auto` where the engine chose."""
-    spec: str
-    """The same as the user wrote it."""
     kind: str
     requested: int
-    """Tokens wanted in the haystack; `length` are those in it."""
-    length: int
+    """Tokens wanted in the haystack."""
     haystack: int
     """Its seed."""
     question: int
     """Its index among the haystack's."""
-    fingerprint: str
-    """Of the model."""
-    dtype: str
+
+
+_KEY = tuple(field.name for field in fields(Key))
+
+
+@dataclass(frozen=True)
+class Row(Key):
+    """One question's outcome; by the fields of its key a later run knows it."""
+
+    spec: str
+    """The mechanism as the user wrote it."""
+    length: int
+    """Tokens in the haystack."""
     depth: float
     right: bool
     """The answer contains what it must, in the model's words or in what is quoted after them."""
@@ -64,7 +62,7 @@ class Row:
     @property
     def key(self) -> Key:
         """What was asked."""
-        return Key(*(getattr(self, name) for name in Key._fields))
+        return Key(**{name: getattr(self, name) for name in _KEY})
 
 
 _KINDS: dict[str, type] = get_type_hints(Row)

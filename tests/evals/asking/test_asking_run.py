@@ -4,7 +4,7 @@ import json
 import re
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -261,7 +261,7 @@ def row(task, length, score, **other):
     given = {"run": "r", "model": "m", "parameters": {}, "tokens": length, "depths": [], "scoring": "all"}
     given |= {"score": score, "chance": 0.0, "error": "", "read_by": "dense", "read_tokens": 9, "seconds": 1.0}
     given |= {"read_tokens_per_s": 1.0, "kept_bytes": 4, "first_token_s": 1, "decode_tokens_per_s": 0.0}
-    return rows.Row(**{**key._asdict(), **given, "measures": {}, "answer": "", "wanted": ["x"], **other})
+    return rows.Row(**{**asdict(key), **given, "measures": {}, "answer": "", "wanted": ["x"], **other})
 
 
 def test_the_table_has_scores_and_intervals_by_task_and_length():

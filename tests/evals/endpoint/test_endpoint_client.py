@@ -316,10 +316,19 @@ def test_what_is_no_url_is_refused(url):
         Client(url, "", parallel=1, timeout=1)
 
 
-def test_a_password_in_the_url_is_refused():
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hidden@host/v1", "http://me:hidden@ho st/v1", "http://me:hidden@host:port/v1", "me:hidden@host/v1"]
+    + ["ftp://me:hidden@host", "http:/me:hidden@[", "http://me:hidden@a..b/v1", "//me:hidden@host\x00"],
+)
+def test_a_password_in_the_url_is_refused_and_not_shown(url):
     with pytest.raises(UsageError, match="password") as caught:
-        Client("http://me:hidden@host/v1", "", parallel=1, timeout=1)
+        Client(url, "", parallel=1, timeout=1)
     assert "hidden" not in str(caught.value)
+
+
+def test_a_path_may_hold_any_sign():
+    assert Client("http://host:1/@me/v1", "", parallel=1, timeout=1).url == "http://host:1/@me/v1"
 
 
 def test_a_slash_at_the_end_changes_nothing():

@@ -28,6 +28,6 @@ def entry() -> Callable[..., Entry]:
         }  # fmt: skip
         if "mechanism" in given:
             given.setdefault("attention", given["mechanism"])
-        return Entry(asdict(Row(**{**key._asdict(), **other, **given})), about or HERE)
+        return Entry(asdict(Row(**{**asdict(key), **other, **given})), about or HERE)
 
     return make

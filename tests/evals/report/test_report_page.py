@@ -11,12 +11,12 @@ import pytest
 
 from longspan.errors import SaveError
 from longspan.evals.journal import Entry
-from longspan.evals.report import drawing, heat
-from longspan.evals.report.curves import by_bytes, by_length, short, size
+from longspan.evals.report import drawing, heat, sections
+from longspan.evals.report.curves import by_bytes, by_length, by_task, short, size
 from longspan.evals.report.make import make, write
 from longspan.evals.report.reading import entries
 from longspan.evals.report.samples import samples
-from longspan.evals.report.scores import Scores
+from longspan.evals.report.scores import AVERAGE, Scores
 
 pytest.importorskip("matplotlib")
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -170,6 +170,34 @@ def test_what_guessing_scores_is_a_line_with_its_name(entry):
         )
 
     assert drawn(0.25, 0.25) == b"guessing" and drawn(0.0, 0.0) == drawn(1e-5, 1e-5) == b""
+
+
+def test_what_guessing_scores_is_told_where_tasks_and_lengths_differ_in_it(entry):
+    """MRCR's: it depends on how many identical asks there are, and a little on every question."""
+    chances = {("mrcr_2", 2048): 0.61, ("mrcr_2", 4096): 0.58, ("mrcr_8", 2048): 0.25, ("mrcr_8", 4096): 0.27}
+    rows = [
+        entry(0.5, eval="mrcr", task=task, length=length, mechanism=who, chance=chance)
+        for (task, length), chance in chances.items()
+        for who in ("dense", "quest")
+    ]
+    scores = Scores("mrcr", samples(rows)[0])
+    whole = sections.by_asked(scores, AVERAGE)
+    assert [name for name, _ in whole.rows] == ["dense", "quest", "guessing"]
+    assert [value.text for value in whole.rows[-1][1]] == ["43.0", "42.5"]
+    own = sections.by_tasks(scores, next(iter(scores.names)))
+    assert own.head[-1] == "guessing"
+    assert [(name, row[-1].text) for name, row in own.rows] == [
+        ("mrcr_2", "59.5"),
+        ("mrcr_8", "26.0"),
+        ("average", "42.8"),
+    ]
+    panel = by_length(scores, "mrcr_2")
+    assert panel.alt.endswith("guessing: 2K 61.0, 4K 58.0.")
+    drawn = drawing.svg(by_task(scores, next(iter(scores.names))))
+    assert drawn.count(b">guessing<") == 1, "one name for the dotted lines of two tasks"
+    plain = Scores("mrcr", samples([replace(row, row={**row.row, "chance": 0.0}) for row in rows])[0])
+    assert len(sections.by_asked(plain, AVERAGE).rows) == 2
+    assert "guessing" not in sections.by_tasks(plain, next(iter(plain.names))).head
 
 
 def test_long_names_take_several_lines(entry):

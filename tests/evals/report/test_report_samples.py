@@ -185,7 +185,10 @@ def test_runs_are_found_in_folders_and_files(entry, tmp_path):
     assert entries([tmp_path / "a" / "ruler.jsonl"]) == [one]
     printed = tmp_path / "printed.json"
     printed.write_text(json.dumps({"device": "d", "runs": [{"run": "r", "device": "x"}], "rows": [one.row]}))
-    assert entries([printed]) == [replace(one, environment={"run": "r", "device": "x"})]
+    for name in ("printed.json", "printed.txt", "printed", "printed.jsonl"):
+        printed = printed.rename(tmp_path / name)
+        assert entries([printed]) == [replace(one, environment={"run": "r", "device": "x"})], "whatever its name"
+    assert entries([(tmp_path / "a" / "ruler.jsonl").rename(tmp_path / "journal.json")]) == [one]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from longspan.bench.attention.measure import WHATS
 from longspan.bench.attention.report import duration, times_of, words
 from longspan.bench.attention.sides import OURS
-from longspan.errors import SaveError, UsageError
+from longspan.evals.report.drawing import canvas
 
 _STYLES = {
     OURS: ("Longspan", "#0072b2", "o", "-"),
@@ -34,33 +34,20 @@ def picture(result: dict[str, Any], file: Path) -> None:
         UsageError: matplotlib is not installed.
         SaveError: the file can't be written.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UsageError("pictures need matplotlib: pip install 'longspan[eval]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     parts = [what for what in WHATS if any(row["what"] == what for row in result["rows"])]
-    figure, axes = pyplot.subplots(1, len(parts), figsize=(6.2 * len(parts), 5.4), squeeze=False)
-    for axis, what in zip(axes[0], parts, strict=True):
-        _panel(axis, what, [row for row in result["rows"] if row["what"] == what])
-    drawn: dict[str, Any] = {}
-    for axis in axes[0]:
-        handles, labels = axis.get_legend_handles_labels()
-        drawn |= dict(zip(labels, handles, strict=True))
-    figure.legend(drawn.values(), drawn.keys(), loc="lower center", ncols=3, fontsize=9, frameon=False)
-    of = result["of"]
-    layer = f"{of['heads']} query heads, {of['kv_heads']} KV heads, head size {of['head_dim']}, {of['dtype']}"
-    about = f"{result['device']}; {layer}; {of['routing']} inputs"
-    figure.suptitle(f"One layer's attention, {of['mechanism']}\n{about}", fontsize=11)
-    figure.tight_layout(rect=(0, 0.05 + 0.035 * -(-len(drawn) // 3), 1, 1))
-    try:
-        figure.savefig(file, dpi=130)
-    except OSError as error:
-        raise SaveError(f"can't write {file}: {error.strerror or error}") from error
-    finally:
-        pyplot.close(figure)
+    with canvas(file, 1, len(parts), (6.2 * len(parts), 5.4), squeeze=False) as (figure, axes):
+        for axis, what in zip(axes[0], parts, strict=True):
+            _panel(axis, what, [row for row in result["rows"] if row["what"] == what])
+        drawn: dict[str, Any] = {}
+        for axis in axes[0]:
+            handles, labels = axis.get_legend_handles_labels()
+            drawn |= dict(zip(labels, handles, strict=True))
+        figure.legend(drawn.values(), drawn.keys(), loc="lower center", ncols=3, fontsize=9, frameon=False)
+        of = result["of"]
+        layer = f"{of['heads']} query heads, {of['kv_heads']} KV heads, head size {of['head_dim']}, {of['dtype']}"
+        about = f"{result['device']}; {layer}; {of['routing']} inputs"
+        figure.suptitle(f"One layer's attention, {of['mechanism']}\n{about}", fontsize=11)
+        figure.tight_layout(rect=(0, 0.05 + 0.035 * -(-len(drawn) // 3), 1, 1))
 
 
 def _panel(axis: Any, what: str, rows: list[dict[str, Any]]) -> None:

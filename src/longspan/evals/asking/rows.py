@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from longspan.errors import UsageError
 from longspan.evals.journal import Entry
 
 
-class Key(NamedTuple):
+@dataclass(frozen=True)
+class Key:
     """What a question is, and who is asked, whenever that is."""
 
     eval: str
@@ -46,30 +47,17 @@ class Key(NamedTuple):
     endpoint: str
 
 
+KEY = tuple(field.name for field in fields(Key))
+
+
 @dataclass(frozen=True)
-class Row:
-    """One question's outcome; with the fields of its `Key`, by which a later run knows it."""
+class Row(Key):
+    """One question's outcome; by the fields of its key a later run knows it."""
 
     run: str
     """Names the run, as its environment does."""
     model: str
     """A name for people."""
-    eval: str
-    task: str
-    length: int
-    seed: int
-    question: int
-    setup: str
-    questions: str
-    fingerprint: str
-    dtype: str
-    mechanism: str
-    budget: str
-    attention: str
-    prefill: str
-    kv: str
-    kv_budget: int
-    endpoint: str
     parameters: dict[str, Any]
     """The task's configuration: the fields of its family, such as `depth` (from 0 to 1), `distractors`, `haystack`."""
     tokens: int
@@ -103,7 +91,7 @@ class Row:
     @property
     def key(self) -> Key:
         """What was asked, and of whom."""
-        return Key(*(getattr(self, name) for name in Key._fields))
+        return Key(**{name: getattr(self, name) for name in KEY})
 
 
 _WRITTEN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "list[str]": (list,)}
@@ -134,7 +122,7 @@ def row_of(entry: Entry) -> Row:
     return row
 
 
-def contender(asked: Key | Row) -> str:
+def contender(asked: Key) -> str:
     """Return in a few words who is asked and how, such as `quest at 1/4, kv int4, question=both`.
 
     The model is not among them: where rows of several are told apart, name it beside this.

@@ -21,7 +21,7 @@ from typing import Any
 from longspan.errors import UsageError
 from longspan.evals.asking.asker import Asker, Reply, Tick
 from longspan.evals.asking.readers import reading
-from longspan.evals.asking.rows import Key, Row, answered, contender, row_of
+from longspan.evals.asking.rows import KEY, Key, Row, answered, contender, row_of
 from longspan.evals.journal import Entry, Journal
 from longspan.evals.progress import duration
 from longspan.evals.questions.example import Eval, Example
@@ -151,7 +151,7 @@ def _key(given: Given, asker: Asker, task: str, length: int, number: int) -> Key
         question=number,
         setup=given.setup.describe(),
         questions=hashlib.blake2b(repr(made_of).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest(),
-        **{name: getattr(who, name) for name in Key._fields if hasattr(who, name)},
+        **{name: getattr(who, name) for name in KEY if hasattr(who, name)},
     )
 
 
@@ -231,7 +231,7 @@ def _row(given: Given, each: Asked, run: str, made: Example, reply: Reply, secon
     return Row(
         run=run,
         model=each.asker.identity.model,
-        **each.key._asdict(),
+        **asdict(each.key),
         parameters=asdict(family) if is_dataclass(family) and not isinstance(family, type) else {},
         tokens=made.tokens,
         depths=list(made.depths),
@@ -291,7 +291,7 @@ class _Progress:
             f"about {duration(left)} left{failed}"
         )
 
-    def _named(self, asked: Key | Row) -> str:
+    def _named(self, asked: Key) -> str:
         return (f"{contender(asked)} " if self._several else "") + f"{asked.task} {asked.length}"
 
 

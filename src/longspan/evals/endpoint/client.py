@@ -39,6 +39,10 @@ _TOO_LONG = re.compile(
 )
 
 
+_HOST = re.compile(r"(?:[^/?#]*:)?/*[^/?#]*")
+"""What a URL begins with, up to its path; a user and a password would stand in it, however odd the rest is."""
+
+
 class Refused(Exception):
     """This question can't be answered by the endpoint; others may."""
 
@@ -251,6 +255,10 @@ def _shut(each: socket.socket) -> None:
 
 
 def _checked(url: str) -> str:
+    begun = _HOST.match(url)
+    if begun is not None and "@" in begun[0]:
+        # Before anything else is said of it: a message would show it.
+        raise UsageError("--base-url has a user or password in it, which would be kept with the answers: leave it out")
     try:
         found = urlsplit(url)
         host, _ = found.hostname, found.port
@@ -258,8 +266,6 @@ def _checked(url: str) -> str:
         (host or "").encode("idna")  # as sockets do, with a UnicodeError: an empty part, or one that is too long
     except (ValueError, httpx2.InvalidURL) as error:
         raise UsageError(f"--base-url {url!r} is no URL: {error}") from error
-    if "@" in found.netloc:
-        raise UsageError("--base-url has a user or password in it, which would be kept with the answers: leave it out")
     if found.scheme not in ("http", "https") or not host or found.query or found.fragment:
         raise UsageError(f"--base-url {url!r} is no endpoint: write one like http://127.0.0.1:8000/v1")
     return url.rstrip("/")

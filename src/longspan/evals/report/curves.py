@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from longspan.evals.report.drawing import Panel, look
+from longspan.evals.report.drawing import GREY, Panel, look
 from longspan.evals.report.samples import Asked
 from longspan.evals.report.scale import PERCENT, Scale
 from longspan.evals.report.scores import AVERAGE, Cell, Scores
@@ -18,24 +18,33 @@ if TYPE_CHECKING:
 _BESIDE = 0.45
 """The share of the smallest distance between two lengths over which curves are spread, so that intervals at one length
 stand side by side."""
-_SEEN = 0.01
-"""What guessing scores, from which on a line tells it."""
+GUESSING = "guessing"
+"""Who answers in the right form without having read."""
 
 Curve = tuple[str, int, Sequence[tuple[int, Cell]]]
 """A name, the number of its style, and its cells by length."""
+Chances = Sequence[tuple[str, Sequence[tuple[int, float]]]]
+"""Dotted curves of what guessing scores by length, from 0 to 1, each with its colour."""
 
 
 def by_length(scores: Scores, task: str) -> Panel:
     """Return the picture of a task (or `AVERAGE`) against length, a curve for each who was asked."""
     title = f"average of {len(scores.tasks)} tasks" if task == AVERAGE else task
     curves = [(name, i, _cells(scores, who, task)) for i, (who, name) in enumerate(scores.names.items())]
-    return _against_length(scores, title, [curve for curve in curves if curve[2]], legend=len(curves) > 1)
+    chances = [(GREY, _guessed(scores, task))]
+    return _against_length(scores, title, [curve for curve in curves if curve[2]], chances, legend=len(curves) > 1)
 
 
 def by_task(scores: Scores, who: Asked) -> Panel:
     """Return the picture of one who was asked against length, a curve for each task."""
     curves = [(task, i, _cells(scores, who, task)) for i, task in enumerate(scores.tasks)]
-    return _against_length(scores, scores.names[who], [curve for curve in curves if curve[2]], legend=True)
+    curves = [curve for curve in curves if curve[2]]
+    chances = [(str(look(style)["color"]), _guessed(scores, task)) for task, style, _ in curves]
+    if len({round(chance, 2) for _, found in chances for _, chance in found}) == 1 and all(
+        found for _, found in chances
+    ):
+        chances = [(GREY, chances[0][1])]  # one line for all
+    return _against_length(scores, scores.names[who], curves, chances, legend=True)
 
 
 def by_bytes(scores: Scores, length: int) -> Panel | None:
@@ -101,9 +110,13 @@ def _cells(scores: Scores, who: Asked, task: str) -> list[tuple[int, Cell]]:
     return [(length, cell) for length in scores.lengths if (cell := scores.cell(who, task, length))]
 
 
-def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, legend: bool) -> Panel:
+def _guessed(scores: Scores, task: str) -> list[tuple[int, float]]:
+    return [(length, chance) for length in scores.lengths if (chance := scores.guessed(task, length))]
+
+
+def _against_length(scores: Scores, title: str, curves: Sequence[Curve], guessed: Chances, *, legend: bool) -> Panel:
     scale = scores.scale
-    chances = {round(cell.chance, 3) for _, _, cells in curves for _, cell in cells if cell.chance >= _SEEN}
+    guessed = [(colour, points) for colour, points in guessed if points]
 
     def draw(axis: Axes) -> None:
         lengths = sorted({length for _, _, cells in curves for length, _ in cells})
@@ -121,8 +134,13 @@ def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, lege
                 label=name,
                 **look(style),
             )
-        if len(chances) == 1:  # where tasks differ in it, a line would be nobody's
-            axis.axhline(100 * max(chances), color="#8C8C8C", linewidth=0.9, linestyle=":", label="guessing")
+        for colour, points in guessed:
+            # Each point is a short level line, so that one length has one as well.
+            for length, chance in points:
+                ends = [length / 2**0.4, length * 2**0.4]
+                axis.plot(ends, [scale.shown(chance)] * 2, color=colour, linewidth=1.1, linestyle=":")
+        if guessed:
+            axis.plot([], [], color=GREY, linewidth=1.1, linestyle=":", label=GUESSING)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [short(length) for length in lengths])
         axis.minorticks_off()
@@ -134,7 +152,9 @@ def _against_length(scores: Scores, title: str, curves: Sequence[Curve], *, lege
         f"{name}: " + ", ".join(f"{short(length)} {scale.written(cell.score.mean)}" for length, cell in cells)
         for name, _, cells in curves
     )
-    return Panel(title, f"{scale.title} against length, {title}. {told}.", draw, legend=legend or len(chances) == 1)
+    if len(guessed) == 1:
+        told += f"; {GUESSING}: " + ", ".join(f"{short(n)} {scale.written(chance)}" for n, chance in guessed[0][1])
+    return Panel(title, f"{scale.title} against length, {title}. {told}.", draw, legend=legend or bool(guessed))
 
 
 def _whiskers(scale: Scale, cells: Sequence[Cell]) -> list[list[float]]:

@@ -7,6 +7,7 @@ mode. It does not know what is drawn.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import math
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import SaveError, UsageError
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
+GREY = "#8C8C8C"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", GREY)
 MARKERS = "osv^DPX"
 LINES = ("-", "--", ":", "-.")
 
@@ -90,8 +93,51 @@ def png(panels: Sequence[Panel], title: str, about: str, file: Path) -> None:
             axis.set_axis_off()
         _legend(figure, [axis for axis, panel in zip(axes.flat, panels, strict=False) if panel.legend], 2 * across)
         figure.suptitle("\n".join([title, *textwrap.wrap(about, _ACROSS * across)[:2]]), fontsize=11)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=130)
+        _put(figure, file)
+
+
+@contextmanager
+def canvas(
+    file: Path, down: int, across: int, size: tuple[float, float], **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Yield an empty figure in matplotlib's own style and its axes, and write it as a PNG once it is drawn.
+
+    Args:
+        file: where the picture goes.
+        down: rows of axes.
+        across: axes of a row.
+        size: width and height in inches.
+        options: as `Figure.subplots` takes them.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        SaveError: the file can't be written.
+    """
+    matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size)
+    yield figure, figure.subplots(down, across, **options)
+    _put(figure, file)
+
+
+def colours(count: int) -> list[Any]:
+    """Return colours for so many series; after the twentieth come the first again."""
+    known = matplotlib().colormaps["tab20"].colors
+    return [known[i % len(known)] for i in range(count)]
+
+
+def matplotlib() -> ModuleType:
+    """Return the library (UsageError: it is not installed)."""
+    try:
+        return importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise UsageError("pictures need matplotlib: pip install 'longspan[eval]'") from error
+
+
+def _put(figure: Figure, file: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
     put(file, drawn.getvalue())
 
 
@@ -149,23 +195,19 @@ def _legend(figure: Figure, axes: Sequence[Axes], across: int) -> None:
 @contextmanager
 def _figure(across: int, down: int) -> Iterator[Figure]:
     """Yield an empty figure for so many panels, in our style; nobody else's style is touched."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UsageError("pictures need matplotlib: pip install 'longspan[eval]'") from error
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     style: Any = dict.fromkeys(ink, _INK) | {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "grid.alpha": 0.3,
-        "grid.color": "#8C8C8C",
+        "grid.color": GREY,
         "font.size": 9,
         "svg.hashsalt": "longspan",
         # Text stays text, which takes a tenth of the bytes that outlines do.
         "svg.fonttype": "none",
     }
-    with matplotlib.rc_context(style):
+    with matplotlib().rc_context(style):
         # Without pyplot there is no window system and no global state: threads may draw.
         from matplotlib.figure import Figure
 

@@ -1,11 +1,12 @@
 """Finds journals: files and folders that a user names become entries, each row once a file.
 
-It reads JSONL journals (`evals/journal.py`) and the JSON object that an eval prints (`--json`), with its rows and runs.
-It does not know what a row holds.
+It reads JSONL journals (`evals/journal.py`) and the JSON object that an eval prints (`--json`), with its rows and runs,
+whatever the file's name. It does not know what a row holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ def entries(runs: Sequence[Path], tell: Callable[[str], None] = lambda _: None) 
     """Return the rows of all runs, in the order of their names.
 
     Args:
-        runs: journals (`*.jsonl`), printed results (`*.json`), or folders with journals at any depth.
+        runs: journals, printed results, or folders with journals (`*.jsonl`) at any depth.
         tell: told what was left out of a folder, in a line.
 
     Raises:
@@ -29,10 +30,8 @@ def entries(runs: Sequence[Path], tell: Callable[[str], None] = lambda _: None) 
     for run in runs:
         if run.is_dir():
             found += _in_folder(run, tell)
-        elif run.suffix == ".json":
-            found += _printed(run)
         else:
-            found += read(run)
+            found += _in_file(run)
     if not found:
         raise UsageError(f"no answers in {', '.join(map(str, runs))}: name the folder that an eval's --out named")
     return found
@@ -50,6 +49,18 @@ def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[Entry]:
             # A folder may hold JSONL of others; a file that was named may not be another's.
             tell(f"left out: {error}")
     return found
+
+
+def _in_file(file: Path) -> list[Entry]:
+    """Return the rows of a file in either form; its ending says which it is likelier to be."""
+    first, second = (_printed, read) if file.suffix == ".json" else (read, _printed)
+    try:
+        return first(file)
+    except UsageError:
+        with contextlib.suppress(UsageError):
+            if found := second(file):
+                return found
+        raise
 
 
 def _printed(file: Path) -> list[Entry]:

@@ -16,6 +16,8 @@ from longspan.evals.statistics import Interval, averaged, interval, shared
 
 AVERAGE = "average"
 """Stands for all tasks."""
+SEEN = 0.01
+"""What guessing scores, from which on a report tells it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Scores:
     def rows(self) -> list[str]:
         """Return the tasks, and `AVERAGE` where there are several and someone was asked them all."""
         return self.tasks + [AVERAGE] * (len(self.tasks) > 1 and bool(self.averages))
+
+    def guessed(self, task: str, length: int) -> float:
+        """Return what guessing scores in a task (or `AVERAGE`), from 0 to 1, over all who were asked; 0: nothing."""
+        found = [cell.chance for who in self.names if (cell := self.cell(who, task, length))]
+        return _mean(found) if self.scale is PERCENT and _mean(found) >= SEEN else 0.0
 
     @property
     def whole(self) -> str | None:

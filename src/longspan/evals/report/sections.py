@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from longspan.evals.report import heat
-from longspan.evals.report.curves import by_bytes, by_length, by_task, short, size
+from longspan.evals.report.curves import GUESSING, by_bytes, by_length, by_task, short, size
 from longspan.evals.report.drawing import Panel
 from longspan.evals.report.page import Table, Value
 from longspan.evals.report.samples import Asked, Sample
@@ -52,6 +52,8 @@ def by_asked(scores: Scores, task: str) -> Table:
     what = whole or ("" if task == scores.eval else f", {task}")
     rows = [(name, _row(scores, who, task)) for who, name in scores.names.items()]
     rows = [(name, row) for name, row in rows if any(value.text for value in row)]
+    if any(guessed := [scores.guessed(task, length) for length in scores.lengths]):
+        rows.append((GUESSING, [_guessed(scores, chance) for chance in guessed]))
     return Table(f"{title(scores)}{what}: {scores.scale.words}, 95 % interval", _head(scores, "asked"), rows)
 
 
@@ -59,8 +61,15 @@ def by_tasks(scores: Scores, who: Asked) -> Table:
     """Return the scores of one who was asked, a row for each task."""
     rows = [(task, _row(scores, who, task)) for task in scores.rows()]
     rows = [(name, row) for name, row in rows if any(value.text for value in row)]
+    head = _head(scores, "task")
+    # Of all lengths: what guessing scores hardly depends on how long the context is.
+    chances = {task: [c for n in scores.lengths if (c := scores.guessed(task, n))] for task, _ in rows}
+    if any(chances.values()):
+        head = [*head, GUESSING]
+        means = {task: sum(found) / len(found) if found else 0.0 for task, found in chances.items()}
+        rows = [(task, [*row, _guessed(scores, means[task])]) for task, row in rows]
     caption = f"{title(scores)}, {scores.names[who]}: {scores.scale.words}, 95 % interval"
-    return Table(caption, _head(scores, "task"), rows, strong=AVERAGE)
+    return Table(caption, head, rows, strong=AVERAGE)
 
 
 def differences(scores: Scores) -> Table | None:
@@ -179,6 +188,10 @@ def _value(scores: Scores, cell: Cell | None) -> Value:
         return Value("")
     share = cell.score.mean if scores.scale is PERCENT else None
     return Value(scores.scale.written(cell.score.mean), scores.scale.ends(cell.score), share)
+
+
+def _guessed(scores: Scores, chance: float) -> Value:
+    return Value(scores.scale.written(chance) if chance else "")
 
 
 def _kept(scores: Scores, who: Asked, length: int) -> str:
