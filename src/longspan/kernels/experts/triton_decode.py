@@ -21,14 +21,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longspan.kernels.experts.reference import Routing, is_gated
-from longspan.kernels.experts.triton_kernels import chosen, constants
+from longspan.kernels.experts.triton_kernels import chosen, constants, route
 from longspan.kernels.experts.triton_prefill import activated
 from longspan.kernels.tiles import hopper
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows that a program of each kernel has, the most columns it reads at once, and its warps."""
+    """Rows that a program of each kernel has, the most columns it reads at once, and its warps.
+
+    `apart`: whether a kernel of its own chooses experts by logits, instead of every program.
+    """
 
     up_rows: int = 4
     up_columns: int = 4096
@@ -36,6 +39,7 @@ class Cut:
     down_rows: int = 2
     down_columns: int = 4096
     down_warps: int = 4
+    apart: bool = False
 
 
 @triton.jit
@@ -169,8 +173,8 @@ def experts(
         cut: how; None: the usual.
         early: whether kernels start before the ones before them have ended; None: on Hopper.
     """
-    route = (ids.contiguous(), weights.contiguous(), x, None, Routing(ids.shape[1]))
-    return _experts(x, up, down, route, activation, shared, residual, cut, early)
+    chosen_by = (ids.contiguous(), weights.contiguous(), x, None, Routing(ids.shape[1]))
+    return _experts(x, up, down, chosen_by, activation, shared, residual, cut, early)
 
 
 def mixture(
@@ -193,6 +197,9 @@ def mixture(
         cut: as in `experts`.
         early: as there.
     """
+    if cut is not None and cut.apart:
+        chosen_by = (*route(logits, bias, routing, early=early), x, None, routing)
+        return _experts(x, up, down, chosen_by, activation, shared, residual, cut, early)
     routing.check(logits.shape[1])
     ids = torch.empty(x.shape[0], routing.top, dtype=torch.int32, device=x.device)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -200,10 +207,10 @@ def mixture(
 
 
 def _experts(
-    x: Tensor, up: Tensor, down: Tensor, route: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Routing],
+    x: Tensor, up: Tensor, down: Tensor, chosen_by: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Routing],
     activation: str, shared: tuple[Tensor, Tensor] | None, residual: Tensor | None, cut: Cut | None, early: bool | None,
 ) -> Tensor:  # fmt: skip
-    ids, weights, logits, bias, routing = route
+    ids, weights, logits, bias, routing = chosen_by
     gated, inner = is_gated(up, down), down.shape[2]
     tokens, depth = x.shape
     cut, early = cut or Cut(), hopper(x.device) if early is None else early

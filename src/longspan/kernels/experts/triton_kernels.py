@@ -14,11 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longspan.kernels.experts.reference import Routing
+from longspan.kernels.tiles import hopper
 
 _PAIRS = 1024
 """Pairs of a token and an expert that a program sorts."""
+_FEW = 64
+"""Tokens up to which each is routed by a warp alone."""
 _WORST = tl.constexpr(-3.0e38)
 
 
@@ -74,7 +78,11 @@ def _route_kernel(
     p_logits, p_bias, p_ids, p_weights, tokens, s_logits, scale,
     E: tl.constexpr, B_T: tl.constexpr, B_E: tl.constexpr, B_TOP: tl.constexpr, TOP: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     o_t = tl.program_id(0).to(tl.int64) * B_T + tl.arange(0, B_T)
     o_e, o_top = tl.arange(0, B_E), tl.arange(0, B_TOP)
     m_t = (o_t < tokens)[:, None]
@@ -98,18 +106,27 @@ def constants(routing: Routing, experts: int, bias: Tensor | None) -> dict[str, 
     }  # fmt: skip
 
 
-def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Choose experts; see `reference.route`."""
+def route(logits: Tensor, bias: Tensor | None, routing: Routing, *, early: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Choose experts; see `reference.route`, and beyond it:
+
+    Args:
+        logits: as there.
+        bias: as there.
+        routing: as there.
+        early: whether the kernel starts before the one before it has ended; None: on Hopper.
+    """
     tokens, number = logits.shape
     routing.check(number)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     ids = torch.empty(tokens, routing.top, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, routing.top, dtype=torch.float32, device=logits.device)
     sizes = constants(routing, number, bias)
-    block = max(1, min(triton.next_power_of_2(tokens), 2048 // int(sizes["B_E"])))
+    block = 1 if tokens <= _FEW else max(1, 2048 // int(sizes["B_E"]))
+    early = hopper(logits.device) if early is None else early
     _route_kernel[(triton.cdiv(tokens, block),)](
         logits, logits if bias is None else bias, ids, weights, tokens, logits.stride(0), routing.scale,
-        B_T=block, **sizes, num_warps=4,
+        B_T=block, EARLY=early, **sizes, num_warps=1 if tokens <= _FEW else 4,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return ids, weights
 

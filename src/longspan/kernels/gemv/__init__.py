@@ -10,17 +10,22 @@ from longspan.kernels.serving import triton_serves
 
 __all__ = ["gemv"]
 
-_FEW = 8
-"""Rows up to which reading the weights takes longer than multiplying them without tensor cores."""
+_FEW, _SMALL = 2, 1024
+"""Rows up to which the kernel is faster than cuBLAS (H200), and outputs up to which it is with `_MOST` rows."""
+_MOST = 8
 
 
 def gemv(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """Multiply with the fastest version that serves; see `reference.gemv`."""
-    if x.shape[0] <= _FEW and triton_serves(x, weight, residual):
+    few = x.shape[0] <= (_FEW if weight.shape[0] > _SMALL else _MOST)
+    if few and triton_serves(x, weight, residual):
         from longspan.kernels.gemv import triton_kernels
 
         return triton_kernels.gemv(x, weight, residual=residual, out_dtype=out_dtype)
-    if out_dtype in (None, x.dtype) and weight.dtype == x.dtype:
-        out = torch.nn.functional.linear(x, weight)
+    kind = out_dtype or x.dtype
+    if weight.dtype == x.dtype == kind:
+        return x @ weight.T if residual is None else torch.addmm(residual.to(kind), x, weight.T)
+    if x.is_cuda and weight.dtype == x.dtype and x.element_size() == 2 and kind == torch.float32:
+        out = torch.mm(x, weight.T, out_dtype=kind)
         return out if residual is None else out + residual
     return reference.gemv(x, weight, residual=residual, out_dtype=out_dtype)
