@@ -1,15 +1,13 @@
 """Compile the kernels of experts and of `gemv` for a chip that is not here; prints shared memory by kernel.
 
-Triton is told that the chip is there, and every launch to compile only. Run by `test_compiled.py` in its own process.
+Run by `test_compiled.py` in its own process.
 """
 
 import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from chip import pretend, zeros
 
 from longspan.kernels.experts import triton_decode, triton_kernels, triton_prefill
 from longspan.kernels.experts.reference import Routing
@@ -17,43 +15,10 @@ from longspan.kernels.gemv import triton_kernels as gemv_kernels
 
 CAPABILITY = int(sys.argv[1])
 HOPPER = CAPABILITY >= 90
-taken: dict[str, int] = {}
-
-
-class Chip:
-    """What Triton asks of a driver before it launches anything."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def map_python_to_cpp_type(self, kind):
-        return kind
-
-
-launch = JITFunction.run
-
-
-def compile_only(self, *arguments, grid, warmup=False, **options):
-    kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-    taken[self.fn.__name__] = max(taken.get(self.fn.__name__, 0), kernel.metadata.shared)
-    return kernel
-
-
-driver.set_active(Chip())
-JITFunction.run = compile_only
-
-
-def zeros(*shape, dtype=torch.bfloat16):
-    return torch.zeros(*shape, dtype=dtype)
 
 
 def main():
+    taken = pretend(CAPABILITY)
     depth, inner, number, top, tokens = 2688, 1856, 3, 2, 64
     x, logits, bias = zeros(tokens, depth), zeros(tokens, 128, dtype=torch.float32), zeros(128, dtype=torch.float32)
     ids, weights = zeros(tokens, top, dtype=torch.int32), zeros(tokens, top, dtype=torch.float32)

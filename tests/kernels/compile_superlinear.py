@@ -1,15 +1,13 @@
-"""Compile superlinear's kernels for a chip that is not here, as their launches would; prints shared memory by kernel.
+"""Compile superlinear's kernels for a chip that is not here; prints shared memory by kernel.
 
-Triton is told that the chip is there, and every launch to compile only. Run by `test_compiled.py` in its own process.
+Run by `test_compiled.py` in its own process.
 """
 
 import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from chip import pretend, zeros
 
 from longspan.kernels.held import Held
 from longspan.kernels.span_attention import launch as spans
@@ -18,42 +16,7 @@ from longspan.kernels.tiles import Tile
 
 CAPABILITY, DIM = int(sys.argv[1]), 128
 HOPPER = CAPABILITY >= 90
-taken: dict[str, int] = {}
-
-
-class Chip:
-    """What Triton asks of a driver before it launches anything."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def map_python_to_cpp_type(self, kind):
-        return kind
-
-
-launch = JITFunction.run
-
-
-def compile_only(self, *arguments, grid, warmup=False, **options):
-    kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-    taken[self.fn.__name__] = max(taken.get(self.fn.__name__, 0), kernel.metadata.shared)
-    return kernel
-
-
-driver.set_active(Chip())
-JITFunction.run = compile_only
-
-
-def zeros(*shape, dtype=torch.bfloat16):
-    return torch.zeros(*shape, dtype=dtype)
-
-
+taken = pretend(CAPABILITY)
 pages = 1 << 14  # of which the table speaks: a million tokens
 table = zeros(1, pages, dtype=torch.int64)
 k = Held(zeros(2, 4, 64, DIM), table)
