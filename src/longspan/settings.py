@@ -4,6 +4,7 @@
 |---|---|---|
 | `LONGSPAN_CACHE` | folder for models and calibrations | `$XDG_CACHE_HOME/longspan`, else the platform's cache folder |
 | `LONGSPAN_SESSIONS` | folder for saved sessions | `$XDG_DATA_HOME/longspan/sessions`, else the platform's |
+| `LONGSPAN_SESSIONS_QUOTA` | bytes, such as `50GiB`, that saved sessions may take on disk | no limit |
 | `LONGSPAN_MODEL` | model used where none is named | `smollm2` |
 | `LONGSPAN_THREADS` | CPU threads for torch: one fewer where other work keeps a core busy | torch's own choice |
 | `GOMP_SPINCOUNT` | how long an idle thread of torch's OpenMP spins before it sleeps; set unless you set it | `10000` |
@@ -31,6 +32,14 @@ def sessions_folder() -> Path:
     """Return the folder for saved sessions: these are kept until the user removes them."""
     named = os.environ.get("LONGSPAN_SESSIONS")
     return Path(named).expanduser() if named else _folder(None, "XDG_DATA_HOME", "data") / "sessions"
+
+
+def sessions_quota() -> int | None:
+    """Return the bytes that saved sessions may take on disk, or None for no limit (UsageError: it is no size)."""
+    from longspan.lengths import bytes_of
+
+    text = os.environ.get("LONGSPAN_SESSIONS_QUOTA")
+    return bytes_of(text) if text else None
 
 
 def history_file() -> Path:

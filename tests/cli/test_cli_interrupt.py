@@ -117,7 +117,7 @@ def test_ctrl_c_in_the_answer_keeps_the_session(home: Path, endless_model: Path,
         while b"longspan: read " not in process.stderr.readline():
             pass
         # Being saved comes next, and then the answer: either may be interrupted.
-        while not (home / "sessions" / "kept" / "manifest.json").exists():
+        while not list((home / "sessions").glob("kept/*.journal")):
             assert process.poll() is None
     else:
         assert process.stdout.read(1)

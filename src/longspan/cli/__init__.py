@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import longspan
 from longspan import settings
-from longspan.cli import ask, bench, chat, demo, evals, output, plan, show
+from longspan.cli import ask, bench, chat, demo, evals, output, plan, sessions, show
 
 __all__ = ["app", "main", "run"]
 
@@ -58,6 +58,7 @@ def _start(
 ask.add_to(app)
 chat.add_to(app)
 demo.add_to(app)
+sessions.add_to(app)
 show.add_to(app)
 evals.add_to(app)
 bench.add_to(app)

@@ -1,4 +1,4 @@
-"""What is there: saved sessions, models, attention mechanisms, versions. Each as a table or, with --json, as JSON.
+"""What is there: models, attention mechanisms, versions. Each as a table or, with --json, as JSON.
 
 It reads registries and folders; it never loads a model.
 """
@@ -6,120 +6,20 @@ It reads registries and folders; it never loads a model.
 from __future__ import annotations
 
 import platform
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 
 import longspan
 from longspan.cli import options, output
-from longspan.errors import UsageError
-
-if TYPE_CHECKING:
-    from longspan.sessions.store import SessionInfo
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
-    sessions = typer.Typer(
-        no_args_is_help=False,
-        invoke_without_command=True,
-        callback=_session,
-        help="List, show or remove saved sessions.",
-        epilog="Example: longspan session ls",
-        rich_markup_mode=None,
-    )
-    sessions.command("ls", epilog="Example: longspan session ls --json")(session_ls)
-    sessions.command("show", epilog="Example: longspan session show contract")(session_show)
-    sessions.command("rm", epilog="Example: longspan session rm contract --yes")(session_rm)
-    app.add_typer(sessions, name="session")
     app.command(epilog="Example: longspan models --json")(models)
     app.command(epilog="Example: longspan attention --json")(attention)
     app.command(epilog="Example: longspan version --json")(version)
-
-
-def _session(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        output.write(context.get_help().rstrip() + "\n")
-
-
-def session_ls(json: options.AsJson = False) -> None:
-    """List the saved sessions."""
-    from longspan.sessions.store import SessionStore
-
-    store = SessionStore()
-    infos = store.infos()
-    if json:
-        output.write_json([_session_json(info) for info in infos])
-    elif not infos:
-        output.write(
-            f"No session is saved in {store.root}. Make one: longspan ask QUESTION --doc PATH --session NAME\n"
-        )
-    else:
-        table = output.table("name", "documents", "tokens read", ">size", "saved")
-        for info in infos:
-            about = _session_json(info)
-            if info.problem:
-                table.add_row(info.name, "damaged", "", output.size(info.bytes), "")
-                continue
-            names = [document["name"] for document in about["documents"]]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            read = f"{about['tokens_read']:,}" + ("" if about["complete"] else f" of {about['tokens']:,}")
-            table.add_row(info.name, shown, read, output.size(info.bytes), _when(about["saved"]))
-        output.write_rich(table)
-        for info in infos:
-            if info.problem:
-                output.say(f"longspan: {output.one_line(info.problem)}")
-
-
-def session_show(name: Name, json: options.AsJson = False) -> None:
-    """Show one session: documents, tokens read, attention."""
-    from longspan.sessions.store import SessionStore
-
-    store = SessionStore()
-    about = _session_json(store.show(name))
-    if json:
-        output.write_json(about)
-        return
-    output.write(f"{name}, {output.size(about['bytes'])} in {store.root / name}\n")
-    output.write(f"saved {_when(about['saved'])}, made {_when(about['created'])}\n")
-    kept = "".join(f", {key} {about[key]}" for key in ("prefill", "kv") if about[key] is not None)
-    output.write(f"attention {about['attention']}{kept}, numbers {about['dtype']}, model {about['model']}\n")
-    read = "all" if about["complete"] else f"{about['tokens_read']:,}"
-    output.write(
-        f"{read} of {about['tokens']:,} tokens read, {output.counted(about['turns'], 'question')} remembered\n"
-    )
-    table = output.table("document", ">tokens")
-    for document in about["documents"]:
-        table.add_row(document["name"], f"{document['tokens']:,}")
-    output.write_rich("", table)
-
-
-def session_rm(
-    name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    json: options.AsJson = False,
-) -> None:
-    """Remove a saved session for good, damaged or not."""
-    from longspan.sessions.store import SessionStore
-
-    store = SessionStore()
-    if not store.exists(name):
-        store.show(name)  # raises, listing those that are
-    if not yes:
-        if sys.stdin is None or not sys.stdin.isatty():
-            raise UsageError(f"removing {name!r} is for good: confirm with --yes")
-        if not typer.confirm(f"Remove the session {name} for good?", err=True):
-            output.say("longspan: nothing was removed")
-            raise typer.Exit(1)
-    store.remove(name)
-    if json:
-        output.write_json({"removed": name})
-    else:
-        output.write(f"removed {name}\n")
 
 
 def models(json: options.AsJson = False) -> None:
@@ -211,38 +111,6 @@ def version(json: options.AsJson = False) -> None:
         output.write_json(about)
     else:
         output.write("".join(f"{name} {told}\n" for name, told in about.items()))
-
-
-def _session_json(info: SessionInfo) -> dict[str, Any]:
-    """Return what is known of a session; one that is damaged has its `problem`."""
-    state: Any = info.state
-    documents = [{"name": d["name"], "tokens": d["last"] - d["first"]} for d in state.get("documents", [])]
-    memory = state.get("memory") or {}
-    tokens = max((d["last"] for d in state.get("documents", [])), default=0)
-    read = max(0, memory.get("length", 0) - state.get("head", 0))
-    return {
-        "name": info.name,
-        "created": info.created.isoformat() if info.created else None,
-        "saved": info.saved.isoformat() if info.saved else None,
-        "bytes": info.bytes,
-        "documents": documents,
-        "tokens": tokens,
-        "tokens_read": read,
-        "complete": read >= tokens,
-        "turns": len(state.get("turns", [])),
-        "attention": info.identity.get("attention"),
-        "prefill": info.identity.get("prefill"),
-        "kv": info.identity.get("kv"),
-        "dtype": info.identity.get("dtype"),
-        "model": info.identity.get("model"),
-        "problem": info.problem,
-    }
-
-
-def _when(iso: str) -> str:
-    from datetime import datetime
-
-    return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M}"
 
 
 def _inside(folder: Path, pattern: str) -> list[Path]:

@@ -9,7 +9,7 @@ not know documents, questions or templates.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -66,7 +66,7 @@ class Layer(Protocol):
         """Return what `restore` takes."""
         ...
 
-    def restore(self, prefix: str, length: int, tensors: dict[str, Tensor]) -> None:
+    def restore(self, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> None:
         """Hold what `tensors` returned, for a context of `length` tokens."""
         ...
 
@@ -190,7 +190,7 @@ class Context(ABC):
         """Return what must be kept to continue (beside the tokens)."""
 
     @abstractmethod
-    def restore(self, tokens: Sequence[int], tensors: dict[str, Tensor]) -> None:
+    def restore(self, tokens: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `tensors` returned once (SessionCorruptError if it does not fit)."""
 
     @abstractmethod
@@ -286,7 +286,7 @@ def paged(
     return kv
 
 
-def restore_layers(layers: Sequence[Layer], length: int, tensors: dict[str, Tensor]) -> None:
+def restore_layers(layers: Sequence[Layer], length: int, tensors: Mapping[str, Tensor]) -> None:
     """Hold every layer's saved pages (SessionCorruptError, PoolExhaustedError: as `PagedKV.restore`)."""
     for i, kv in enumerate(layers):
         kv.restore(f"{i}.", length, tensors)

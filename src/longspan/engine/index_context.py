@@ -6,7 +6,7 @@ That is enough to choose pages; the chosen ones are read again elsewhere.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class IndexContext(Context):
             kept.update(kv.tensors(f"{i}."))
         return {**kept, **self.recurrence.tensors()}
 
-    def restore(self, tokens: Sequence[int], tensors: dict[str, Tensor]) -> None:
+    def restore(self, tokens: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """See `Context`."""
         index = tensors.get("index")
         wanted = (len(self.slots), len(tokens), self.index.shape[-1])

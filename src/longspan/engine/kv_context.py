@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -301,7 +301,7 @@ class KVContext(Context):
         pages = {name: tensor for i, kv in enumerate(self._layers()) for name, tensor in kv.tensors(f"{i}.").items()}
         return {**pages, **self.recurrence.tensors()}
 
-    def restore(self, tokens: Sequence[int], tensors: dict[str, Tensor]) -> None:
+    def restore(self, tokens: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """See `Context`."""
         self.recurrence.restore(len(tokens), tensors, self.model.device)
         try:

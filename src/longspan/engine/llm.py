@@ -20,7 +20,7 @@ import torch
 from longspan import settings
 from longspan.attention import Hints, Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
-from longspan.engine import prompts, quoting, rereading, saving
+from longspan.engine import prompts, quoting, rereading, reuse, saving
 from longspan.engine.choosing import Chooser, Chosen
 from longspan.engine.contexts import Context
 from longspan.engine.generation import Answer, Generation, Stats, decode
@@ -70,6 +70,7 @@ class LLM:
         weights: str = "auto",
         quote: bool = True,
         store: SessionStore | None = None,
+        reuse: bool = True,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Load a model.
@@ -91,6 +92,7 @@ class LLM:
                 that is given knows it already.
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
             store: where sessions are saved; None: the user's folder.
+            reuse: whether documents that begin as a saved session does start from there, whichever session asks.
             say: told in a line what takes long.
 
         Raises:
@@ -117,6 +119,7 @@ class LLM:
         self.kv_budget = Budget(kv_budget, "KV")
         self.quote = quote
         self.store = store or SessionStore()
+        self.reuse = reuse
         self._say = say
         self._heads: RetrievalHeads | None = None
         self._headless = False
@@ -135,12 +138,11 @@ class LLM:
             SessionMismatchError: it was made with another model, attention, prefill or format of keys and values.
             SessionCorruptError: its files are damaged.
         """
-        if name is None:
-            return Session()
-        if not self.store.exists(name):
-            return Session(name)
-        saved = self.store.load(name, self._identity())
+        if name is None or not self.store.exists(name):
+            return Session(name, engine=self)
+        saved = self.store.load(name, self._identity(), lazily=True)
         session = Session.from_saved(saved)
+        session.engine = self
         saving.restore_memory(session, saved, self.new_context)
         return session
 
@@ -149,7 +151,8 @@ class LLM:
 
         Args:
             source: a session, or the name of a saved one.
-            name: of the new session (see `save`); None: it is not saved.
+            name: of the new session; None: it is not saved. Where the source is saved as it stands, so is the fork, and
+                they share their files; else `save` saves it.
 
         Raises:
             SessionNotFoundError: no session of that name is saved.
@@ -161,7 +164,10 @@ class LLM:
         if isinstance(source, str):
             self.store.show(source)  # names those that are saved where there is none of this name
             source = self.session(source)
-        return source.fork(name)
+        other = source.shared(name)
+        if saving.fork(self.store, source, name):
+            other.saved_length = source.saved_length
+        return other
 
     def save(self, session: Session) -> None:
         """Save a session that has a name (SaveError: nothing that was saved before is lost)."""
@@ -246,6 +252,8 @@ class LLM:
         try:
             context = self._memory(session, self.mechanism_for(session), progress)
             tokens = self._context_tokens(session, context)
+            if self.reuse and context.length == 0:
+                reuse.begin(self.store, self._identity(), context, tokens)
             done, wanted = context.length, len(tokens)
             stats.cached_tokens = context.length
             if progress and done < wanted:

@@ -138,7 +138,7 @@ class Recurrence:
         """
         if self._kept is None:
             return
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+        found = {name: tensors[name] for name in tensors if name.startswith(_PREFIX)}
         states: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
         for name, tensor in found.items():
             at, _, part = name.removeprefix(_PREFIX).partition(".")

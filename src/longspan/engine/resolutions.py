@@ -6,7 +6,7 @@ It does not know models, nor what else the budget pays for: the context does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -56,7 +56,7 @@ def settle(layers: Sequence[PagedKV], masses: Sequence[PageMass], nbytes: int, n
 
 
 def demoted(
-    layers: Sequence[PagedKV], tensors: dict[str, Tensor], nbytes: int, needs: Needs, budget: Budget
+    layers: Sequence[PagedKV], tensors: Mapping[str, Tensor], nbytes: int, needs: Needs, budget: Budget
 ) -> dict[str, Tensor]:
     """Return saved layers (`PagedKV.tensors`, with the layer's number in front) in as much detail as bytes allow.
 

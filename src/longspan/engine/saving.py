@@ -6,16 +6,23 @@ reads documents (`prefill`), how keys and values are kept (`kv`), the number typ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from longspan.attention import Mechanism, parse
 from longspan.engine.contexts import Context
 from longspan.engine.index_context import IndexContext
+from longspan.engine.kv_context import KVContext
 from longspan.errors import SessionCorruptError
 from longspan.hf.model import CausalModel
+from longspan.kv.base import PAGE
+from longspan.kv.saved import rows_of as saved_rows
 from longspan.sessions.session import Session
-from longspan.sessions.store import JSON, SavedSession, SessionStore
+from longspan.sessions.store import JSON, Rows, SavedSession, SessionStore
 
 FORMAT = 1
 """Changes whenever what is kept changes its meaning."""
@@ -36,23 +43,97 @@ def identity(
     }
 
 
-def save(store: SessionStore, session: Session, same: dict[str, JSON], model_name: str) -> None:
-    """Commit a session; the memory's tensors are not written again where nothing was read since."""
+def save(
+    store: SessionStore,
+    session: Session,
+    same: dict[str, JSON],
+    model_name: str,
+    *,
+    kept: bool = True,
+    ttl: float | None = None,
+) -> None:
+    """Commit a session; of the memory only what changed is written, and nothing looked at where nothing was read since.
+
+    Args:
+        store: where to.
+        session: one with a name.
+        same: its identity.
+        model_name: for people.
+        kept: whether it stays until it is removed.
+        ttl: seconds after its last use in which one that is not kept stays.
+    """
     assert session.name is not None, "only a session with a name is saved"
     state, tensors, texts = session.to_saved()
     state["model_name"] = model_name  # for people: what must match is the fingerprint
     memory: Context | None = session.memory
-    groups = {"documents": tensors}
-    unchanged = []
+    groups: dict[str, Mapping[str, Tensor | Rows]] = {"documents": tensors}
+    unchanged, tokens = [], None
     if memory is not None:
         mechanism = memory.wanted if isinstance(memory, IndexContext) else memory.mechanism
-        state["memory"] = {"mechanism": mechanism.describe(), "length": memory.length}
+        state["memory"] = {"mechanism": mechanism.describe(), "length": memory.length, "partly": _partly(memory)}
         if session.saved_length == memory.length and store.exists(session.name):
             unchanged = ["memory"]
         else:
-            groups["memory"] = memory.tensors()
-    store.save(session.name, same, state, groups, texts, unchanged)
+            groups["memory"], tokens = in_rows(memory.tensors()), memory.tokens
+    store.save(
+        session.name,
+        same,
+        state,
+        groups,
+        texts,
+        unchanged,
+        tokens=tokens,
+        prefix_identity=None if memory is None else prefix_identity(same, memory),
+        versions=versions(),
+        kept=kept,
+        ttl=ttl,
+    )
     session.saved_length = -1 if memory is None else memory.length
+
+
+def fork(store: SessionStore, source: Session, name: str | None) -> bool:
+    """Save a fork of a session that is saved as it stands; returns whether its memory need not be written again."""
+    memory: Context | None = source.memory
+    whole = memory is not None and memory.length == source.saved_length
+    if name is None or source.name is None or not whole or not store.exists(source.name):
+        return False
+    return store.fork_seen(source.name, name)
+
+
+def in_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Rows]:
+    """Return a memory's tensors, those in rows that grow with the context: of these only what changed is written."""
+    out: dict[str, Tensor | Rows] = dict(tensors)
+    for name, (axis, step, numbers) in saved_rows(tensors).items():
+        out[name] = Rows(tensors[name], axis, step, numbers)
+    if "index" in tensors:
+        out["index"] = Rows(tensors["index"], 1, PAGE)
+    return out
+
+
+def prefix_identity(same: Mapping[str, JSON], memory: Context) -> dict[str, JSON]:
+    """Return what must match for one context to begin where another stood: the mechanism that was chosen, too."""
+    mechanism = memory.wanted if isinstance(memory, IndexContext) else memory.mechanism
+    return dict(same) | {"attention": mechanism.describe()}
+
+
+def versions() -> dict[str, str]:
+    """Return what a commit tells of what wrote it."""
+    import longspan
+
+    return {"longspan": longspan.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _partly(memory: Context) -> bool:
+    """Whether a part of the memory can be used where another context begins alike; else all of it or none.
+
+    Not where keys were dropped or evicted, and not where pages were written down in a smaller format, or moved, by a
+    rule that looks at the whole length.
+    """
+    if isinstance(memory, IndexContext):
+        return memory.dropped(memory.length) == (0, 0)
+    assert isinstance(memory, KVContext), "a context is an index or a KV context"
+    native = all(kv.pool.format is kv.pool.native.format and kv.memory is None for kv in memory.layers)
+    return native and memory.kept is None and not memory.budget.limited and memory.dropped(memory.length) == (0, 0)
 
 
 def restore_memory(session: Session, saved: SavedSession, make_context: Callable[[Mechanism], Context]) -> None:
@@ -66,12 +147,12 @@ def restore_memory(session: Session, saved: SavedSession, make_context: Callable
     except (KeyError, TypeError, ValueError) as error:
         raise SessionCorruptError(f"session {saved.name!r} has a damaged memory: remove it and read again") from error
     context = make_context(mechanism)
-    context.restore(_tokens_read(session, context, length), dict(saved.tensors["memory"]))
+    context.restore(tokens_read(session, context, length), saved.tensors["memory"])
     session.memory = context
     session.saved_length = context.length
 
 
-def _tokens_read(session: Session, context: Context, length: int) -> list[int]:
+def tokens_read(session: Session, context: Context, length: int) -> list[int]:
     """Return the tokens that the memory holds: the template's head, then documents."""
     from longspan.engine import prompts
 

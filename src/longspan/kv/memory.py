@@ -100,7 +100,7 @@ class LayerMemory:
             SessionCorruptError: states that lack a tensor, or whose tensors have another shape or type.
             PoolExhaustedError: the budget has no room for them.
         """
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        found = {name: tensors[name] for name in tensors if name.startswith(prefix)}
         parts: dict[int, set[str]] = {}
         for name, tensor in found.items():
             at, _, part = name.removeprefix(prefix).partition(".")

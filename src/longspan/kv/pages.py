@@ -14,6 +14,7 @@ It does not know positions (`rotary.py`), mechanisms, or which pages matter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 from torch import Tensor
@@ -226,7 +227,7 @@ class PagedKV(PageResolver):
         remembered = {} if self.memory is None else self.memory.tensors(f"{prefix}{saved.MEMORY}")
         return {**saved.pack(self, prefix), **remembered}
 
-    def restore(self, prefix: str, length: int, tensors: dict[str, Tensor]) -> None:
+    def restore(self, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> None:
         """Hold what `tensors` returned, for a context of `length` tokens.
 
         Raises:

@@ -217,7 +217,9 @@ class KeptRows:
             SessionCorruptError: it does not fit.
             PoolExhaustedError: it is more than the budget has left. In both cases the rows are as they were.
         """
-        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        beside = tuple(prefix + part for part in ("kept", "at", "rows.", "whole."))
+        own = [name for name in tensors if name.startswith(beside)]
+        found = {name.removeprefix(prefix): tensors[name] for name in own}
         kept, at = found.get("kept"), found.get("at")
         if kept is None or at is None or kept.shape[:1] != self._kept.shape[:1] or kept.dim() != 2 or at.numel() != 2:
             raise _unfit()
@@ -232,7 +234,7 @@ class KeptRows:
         known = all(t.shape[0] == kept.shape[0] and t.shape[1] <= held for t in learned.rows.values())
         if not (ascending and known and kept.shape[1] <= evicted_at <= length and 0 <= seen <= length):
             raise _unfit()
-        self.pages.restore(prefix, held, dict(tensors))
+        self.pages.restore(prefix, held, tensors)
         self._kept, self._evicted_at = kept.to(self._kept), evicted_at
         self.learned, self._lasting, self.committed = learned, learned, held
         self._forget(0)

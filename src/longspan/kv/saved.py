@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspan.errors import SessionCorruptError, UsageError
 from longspan.kv import formats
-from longspan.kv.base import PAGE
+from longspan.kv.base import PAGE, SUMMARIES
 from longspan.kv.encodings import Format
 from longspan.kv.memory import LayerMemory
 from longspan.kv.planes import SLOT, PagePlane, Plane
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MEMORY = "memory."
 """What the names of remembered tensors begin with, behind the layer's prefix."""
+_PARTS = ("k", "v", "k_scale", "v_scale", *SUMMARIES)
+_TOGETHER = 512  # numbers of pages that are one row
 
 
 def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
@@ -62,6 +64,27 @@ def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
         for (what, block), tensor in kv.blocks.asked.items():
             out[f"asked.{what}.{block}"] = tensor[0].contiguous()
     return {prefix + name: tensor for name, tensor in out.items()}
+
+
+def rows_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, list[int] | None]]:
+    """Return which of a context's tensors are rows that stay what they are as the context grows.
+
+    Returns:
+        By name: the axis of the rows, how many of its places are one, and their numbers (None: 0, 1, 2 and so on). Of
+        the tensors of pages these are the pages'.
+    """
+    found: dict[str, tuple[int, int, list[int] | None]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("pages"):
+            pages: list[int] = tensor.tolist()
+            found[name] = (0, _TOGETHER, None)
+            for part in _PARTS:
+                rows = tensors.get(name.removesuffix("pages") + part)
+                if rows is not None and rows.shape[1] == len(pages):
+                    found[name.removesuffix("pages") + part] = (1, 1, pages)
+        elif name.rpartition("asked.")[1]:
+            found[name] = (1, PAGE, None)
+    return found
 
 
 @dataclass
@@ -128,7 +151,7 @@ class Parts:
 def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> Parts:
     """Return what a context of `length` tokens would hold (SessionCorruptError if it does not fit); changes nothing."""
     pool, count = kv.pool, -(-length // PAGE)
-    held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    held = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     groups = {pool.native: _group(held, "", pool.native, count)}
     exact: dict[str, tuple[Format, list[int], Mapping[str, Tensor]]] = {}
     for name in held:

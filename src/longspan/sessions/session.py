@@ -5,6 +5,7 @@ It does not know models: the engine above fills `tokens` and `memory`, and `stor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from longspan.errors import SessionCorruptError, UsageError
-from longspan.sessions.store import JSON, SavedSession
+from longspan.sessions.store import JSON, Rows, SavedSession
+
+_TOGETHER = 1024  # tokens that are one row of what is saved
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,37 @@ class Session:
     """Tokens of the chat template that stand before the documents in the context."""
     saved_length: int = -1
     """Length of the context when it was last saved or restored: what need not be written again."""
+    engine: Any = field(default=None, repr=False)
+    """Who reads and answers (an `LLM`); None: the session holds what it is given, and can't be asked."""
+
+    def __enter__(self) -> Session:
+        """Use it in a `with` block, at whose end it is saved if it has a name."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Save it; after an error too, since what was read before stands."""
+        if self.name is not None and self.engine is not None:
+            self.engine.save(self)
+
+    def append(self, *paths: str | os.PathLike[str]) -> Any:
+        """Read documents (see `LLM.read`), and save the session if it has a name."""
+        reading = self._engine().read(self, list(paths))
+        self.save()
+        return reading
+
+    def ask(self, question: str, **how: Any) -> Any:
+        """Answer a question about the documents, remembering both (see `LLM.ask`; `remember=False`: not)."""
+        return self._engine().ask(question, self, **{"remember": True, **how})
+
+    def save(self) -> None:
+        """Save what is new, if it has a name (see `LLM.save`)."""
+        if self.name is not None:
+            self._engine().save(self)
+
+    def _engine(self) -> Any:
+        if self.engine is None:
+            raise UsageError("a session that no model opened can't read or answer: get it from llm.session(NAME)")
+        return self.engine
 
     def add_document(
         self, name: str, text: str, tokens: Sequence[int], offsets: Sequence[tuple[int, int]], separator: Sequence[int]
@@ -88,10 +122,24 @@ class Session:
         return any(document.text == text for document in self.documents)
 
     def fork(self, name: str | None = None) -> Session:
-        """Return a session of the same documents, conversation and memory (whose pages it shares) by another name."""
+        """Return a session of the same documents, conversation and memory (whose pages it shares) by another name.
+
+        What is saved of it is shared on disk too (see `LLM.fork`).
+        """
+        return self.shared(name) if self.engine is None else self.engine.fork(self, name)
+
+    def shared(self, name: str | None = None) -> Session:
+        """Return such a session in memory alone."""
         memory = None if self.memory is None else self.memory.fork()
         return Session(
-            name, list(self.documents), list(self.tokens), list(self.offsets), list(self.turns), memory, self.head
+            name,
+            list(self.documents),
+            list(self.tokens),
+            list(self.offsets),
+            list(self.turns),
+            memory,
+            self.head,
+            engine=self.engine,
         )
 
     def passages(self, first: int, last: int) -> list[Passage]:
@@ -105,18 +153,22 @@ class Session:
                     found.append(Passage(i, start, end, document.text[start:end]))
         return found
 
-    def to_saved(self) -> tuple[dict[str, JSON], dict[str, Tensor], dict[str, str]]:
+    def to_saved(self) -> tuple[dict[str, JSON], dict[str, Tensor | Rows], dict[str, str]]:
         """Return what a store keeps of documents and conversation: state, tensors, texts."""
         state: dict[str, JSON] = {
             "documents": [{"name": d.name, "first": d.first, "last": d.last} for d in self.documents],
-            "turns": [{"question": t.question, "answer": t.answer} for t in self.turns],
+            "turns": len(self.turns),
             "head": self.head,
         }
-        tensors = {
-            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
-            "offsets": torch.tensor(self.offsets, dtype=torch.int64).view(-1, 2),
+        tensors: dict[str, Tensor | Rows] = {
+            "tokens": Rows(torch.tensor(self.tokens, dtype=torch.int32), step=_TOGETHER),
+            "offsets": Rows(torch.tensor(self.offsets, dtype=torch.int64).view(-1, 2), step=_TOGETHER),
         }
-        return state, tensors, {str(i): document.text for i, document in enumerate(self.documents)}
+        texts = {str(i): document.text for i, document in enumerate(self.documents)}
+        # Each of its own, so that a long conversation is not written again with every answer.
+        for i, turn in enumerate(self.turns):
+            texts |= {f"question.{i}": turn.question, f"answer.{i}": turn.answer}
+        return state, tensors, texts
 
     @classmethod
     def from_saved(cls, saved: SavedSession) -> Session:
@@ -128,7 +180,11 @@ class Session:
                 SessionDocument(str(d["name"]), saved.texts[str(i)], int(d["first"]), int(d["last"]))
                 for i, d in enumerate(state["documents"])
             ]
-            turns = [Turn(str(t["question"]), str(t["answer"])) for t in state["turns"]]
+            count = state["turns"]
+            if isinstance(count, list):  # as it was before journals
+                turns = [Turn(str(t["question"]), str(t["answer"])) for t in count]
+            else:
+                turns = [Turn(saved.texts[f"question.{i}"], saved.texts[f"answer.{i}"]) for i in range(count)]
             tokens: list[int] = stored["tokens"].tolist()
             offsets = [(int(a), int(b)) for a, b in stored["offsets"].tolist()]
             session = cls(saved.name, documents, tokens, offsets, turns, head=int(state["head"]))

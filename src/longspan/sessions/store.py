@@ -1,35 +1,29 @@
 """Named sessions on disk: each save is one commit, which is there as a whole or not at all.
 
-A session is a folder: blobs named by their content, and one manifest that names them. A save writes new blobs
-beside the old ones and replaces the manifest last, so a crash or a full disk at any byte leaves the commit
-before it readable. This module knows nothing of models: it keeps JSON, tensors and texts, and what they mean
-is its caller's. It imports torch only when tensors are saved or loaded.
+A session is a folder that holds its journal (`journal.py`): a save appends the rows that changed, then one commit
+record, so that a crash or a full disk at any byte leaves the commit before it. A catalogue (`catalogue.py`) beside the
+folders answers listings and finds prefixes; it can be lost. This module knows nothing of models: it keeps JSON, tensors
+and texts, and what they mean is its caller's. It imports torch only when tensors are saved or loaded.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
+import secrets
 import tempfile
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from longspan import settings
-from longspan.errors import (
-    SaveError,
-    SessionCorruptError,
-    SessionError,
-    SessionNotFoundError,
-    UsageError,
-)
-from longspan.sessions import blobs
-from longspan.sessions.commits import commit, failure
-from longspan.sessions.locks import locked
+from longspan.errors import SaveError, SessionCorruptError, SessionError, SessionNotFoundError, UsageError
+from longspan.sessions import files, legacy, prefixes, stored
+from longspan.sessions.catalogue import Row
+from longspan.sessions.changing import Changes
+from longspan.sessions.infos import Prefix, SavedSession, SessionInfo, info_of
+from longspan.sessions.journal import DamageError, Journal, last_segment
 from longspan.sessions.manifest import (
     JSON,
     Manifest,
@@ -38,105 +32,118 @@ from longspan.sessions.manifest import (
     as_json,
     compare,
     damage,
-    read_manifest,
+    manifest_of,
 )
+from longspan.sessions.messages import failure
+from longspan.sessions.place import size_of
+from longspan.sessions.rows import Rows, TensorSource, TextSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["JSON", "SavedSession", "SessionInfo", "SessionStore"]
-
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-_T = TypeVar("_T")
+__all__ = ["JSON", "Prefix", "Rows", "SavedSession", "SessionInfo", "SessionStore"]
 
 
-@dataclass(frozen=True, eq=False)
-class SavedSession:
-    """A session as it was saved; `bytes` is what its blobs take on disk."""
-
-    name: str
-    created: datetime
-    saved: datetime
-    identity: Mapping[str, JSON]
-    state: Mapping[str, JSON]
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    texts: Mapping[str, str]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    """What is known of a session without reading its blobs.
-
-    `problem` is None, or one line that tells what is wrong with it: then only `name` and `bytes` hold.
-    """
-
-    name: str
-    created: datetime | None
-    saved: datetime | None
-    bytes: int
-    identity: Mapping[str, JSON]
-    state: Mapping[str, JSON]
-    problem: str | None = None
-
-
-class SessionStore:
+class SessionStore(Changes):
     """Sessions under one folder, for any number of processes; the first save makes the folder."""
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = (settings.sessions_folder() if root is None else Path(root)).absolute()
-        self._seen: dict[str, Mapping[str, blobs.Blob]] = {}  # groups as this store last loaded or saved them
+    def __init__(self, root: Path | None = None, quota: int | None = None) -> None:
+        """Take a folder.
+
+        Args:
+            root: of all sessions; None: the user's.
+            quota: bytes that they may take on disk; None: what `LONGSPAN_SESSIONS_QUOTA` says, or no limit.
+        """
+        super().__init__(root)
+        self.quota = settings.sessions_quota() if quota is None else quota
+        self._seen = {}
+
+    # --- saving -----------------------------------------------------------------------------------------------
 
     def save(
         self,
         name: str,
         identity: Mapping[str, JSON],
         state: Mapping[str, JSON],
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, Mapping[str, Tensor | Rows]],
         texts: Mapping[str, str],
         unchanged: Collection[str] = (),
+        *,
+        tokens: Sequence[int] | None = None,
+        prefix_identity: Mapping[str, JSON] | None = None,
+        versions: Mapping[str, str] | None = None,
+        kept: bool = True,
+        ttl: float | None = None,
     ) -> Path:
         """Commit a session and return its folder; what was saved under that name before is replaced.
 
-        The groups of tensors in `unchanged` are kept as this store last loaded or saved them (else as they
-        are on disk) and not written again; the others must not be changed by another thread meanwhile.
+        Rows that are there already are not written again. The groups of tensors in `unchanged` are kept as this store
+        last loaded or saved them (else as they are on disk) and not looked at; the others must not be changed by
+        another thread meanwhile.
+
+        Args:
+            name: of the session.
+            identity: what must match when it is loaded.
+            state: JSON.
+            tensors: by group and name, whole or in rows.
+            texts: by name.
+            unchanged: groups.
+            tokens: that the session's memory has read, by which requests find it; None: as they were saved before
+                where anything is unchanged, else none.
+            prefix_identity: what such a request must agree with; None: `identity`.
+            versions: of what wrote it, for people.
+            kept: whether it stays until it is removed; else it goes when there is no room, or its time is over.
+            ttl: seconds after its last use; None: no limit of time.
 
         Raises UsageError for a name, a JSON value, a tensor or an unchanged group that can't be saved,
         SessionCorruptError if an unchanged group is damaged or the session is of a later version, and
-        SaveError if the disk fails or another process has replaced an unchanged group: what was saved before
-        is untouched then.
+        SaveError if the disk or the quota is full or another process has replaced an unchanged group: what was saved
+        before is untouched then.
         """
-        folder = self._folder(name)
+        folder = self.folder(name)
         if both := sorted(set(tensors) & set(unchanged)):
             raise UsageError(f"group {both[0]!r} is given as unchanged and with tensors: choose one")
         identity, state = as_json("identity", identity), as_json("state", state)
-        payloads = {group: blobs.tensor_payload(group, held) for group, held in tensors.items()}
-        text_payload = blobs.text_payload(texts)
-        needed = sum(payload.bytes for payload in payloads.values()) + text_payload.bytes
-        try:
-            blobs.make_folder(self.root)
-            with self._lock(name):
+        sources = {
+            group: [TensorSource(group, key, held) for key, held in held_in.items()]
+            for group, held_in in tensors.items()
+        }
+        words = [TextSource(key, text) for key, text in texts.items()]
+        chain = (
+            None if tokens is None else prefixes.chain(identity if prefix_identity is None else prefix_identity, tokens)
+        )
+        needed = sum(each.nbytes for group in sources.values() for each in group) + sum(word.nbytes for word in words)
+        with self.saving(name, needed):
+            files.make_folder(self.root)
+            with self.lock(name):
                 previous = self._previous(name, strict=bool(unchanged))
-                groups = {group: self._kept(name, group, previous) for group in unchanged}
-
-                def write(fresh: list[Path]) -> Manifest:
-                    # What a crash left takes room. Where no manifest can be read, blobs stay until one is
-                    # written.
-                    blobs.sweep(folder, keep=set(previous.files) if previous else None)
-                    for group, payload in payloads.items():
-                        groups[group] = blobs.write_blob(folder, payload, fresh)
-                    written = blobs.write_blob(folder, text_payload, fresh)
-                    now = datetime.now(UTC)
-                    created = previous.created if previous else now
-                    return Manifest(name, created, now, identity, state, groups, written)
-
-                manifest = commit(folder, name, write)
-                self._seen[name] = manifest.groups
-                blobs.sweep(folder, keep=set(manifest.files))
-        except SessionError:  # some are an OSError too
-            raise
-        except OSError as error:
-            raise SaveError(failure(folder, name, error, needed)) from error
+                before = None if previous is None else previous[1]
+                about: dict[str, Any] = {group: self._kept(name, group, previous) for group in unchanged}
+                about |= {group: {each.stream[2]: each.about() for each in held} for group, held in sources.items()}
+                if chain is None and before is not None and unchanged:
+                    pages = before.prefix
+                else:
+                    pages, chain = len(chain or ()), chain or []
+                now = datetime.now(UTC)
+                manifest = Manifest(
+                    name,
+                    now if before is None else before.created,
+                    now,
+                    identity,
+                    state,
+                    about,
+                    list(texts),
+                    pages,
+                    versions or {},
+                    kept,
+                    ttl,
+                    None if before is None else before.parent,
+                    secrets.token_hex(8),
+                )
+                self._make_room(name, needed, previous)
+                everything: list[Any] = [each for held in sources.values() for each in held] + words
+                everything += [] if chain is None else [prefixes.ChainSource(chain)]
+                self.commit(folder, previous, manifest, everything, unchanged, chain)
         return folder
 
     def check_writable(self, name: str) -> None:
@@ -144,16 +151,23 @@ class SessionStore:
 
         Nothing is written but a file that is gone again, and the folder of all sessions if there is none.
         """
-        folder = self._folder(name)
+        folder = self.folder(name)
         try:
-            blobs.make_folder(self.root)
+            files.make_folder(self.root)
             with tempfile.TemporaryFile(dir=folder if folder.is_dir() else self.root):
                 pass
         except OSError as error:
             raise SaveError(failure(folder, name, error)) from error
 
-    def load(self, name: str, identity: Mapping[str, JSON] | None = None) -> SavedSession:
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def load(self, name: str, identity: Mapping[str, JSON] | None = None, *, lazily: bool = False) -> SavedSession:
         """Return a saved session, every byte of it checked; its tensors are on the CPU.
+
+        Args:
+            name: of the session.
+            identity: what must match.
+            lazily: whether tensors are read, and checked, each time one is asked for.
 
         Raises SessionNotFoundError if there is none of that name, SessionMismatchError if a key of `identity`
         was saved with another value, SessionCorruptError for damage or a later version, UsageError for a bad
@@ -162,184 +176,159 @@ class SessionStore:
         asked = as_json("identity", identity or {})
 
         def read(folder: Path) -> SavedSession:
-            manifest = read_manifest(folder, name)
-            compare(manifest, asked)
-            tensors = {
-                group: _checked(name, folder, blob, blobs.read_tensors) for group, blob in manifest.groups.items()
-            }
-            texts = _checked(name, folder, manifest.texts, blobs.read_texts)
-            self._seen[name] = manifest.groups
-            return SavedSession(
-                name=name,
-                created=manifest.created,
-                saved=manifest.saved,
-                identity=manifest.identity,
-                state=manifest.state,
-                tensors=tensors,
-                texts=texts,
-                bytes=manifest.bytes,
-            )
+            if last_segment(folder) is None and legacy.is_old(folder):
+                old = legacy.read(folder, name)
+                compare(name, old.manifest.identity, asked)
+                groups = {group: legacy.tensors(folder, name, blob) for group, blob in old.groups.items()}
+                texts = legacy.texts(folder, name, old.texts)
+                return self._saved(old.manifest, groups, texts, old.bytes, 0)
+            journal, manifest, _ = self.opened(name, folder)
+            compare(name, manifest.identity, asked)
 
-        return self._steadily(name, read)
+            def fail(error: DamageError) -> SessionCorruptError:
+                return self.told(name, error)
 
-    def names(self) -> list[str]:
-        """Return the names of all sessions, damaged ones included, in order. Raises SessionError."""
-        try:
-            return sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise SessionError(f"can't list the sessions in {self.root}: {error.strerror}") from error
+            held: dict[str, Mapping[str, Tensor]] = {}
+            for group, about in manifest.tensors.items():
+                lazy = stored.StoredTensors(journal, group, about, fail)
+                held[group] = lazy if lazily else dict(lazy)
+            texts = stored.read_texts(journal, manifest)
+            self._seen[name] = manifest.id
+            return self._saved(manifest, held, texts, journal.bytes, journal.number)
 
-    def exists(self, name: str) -> bool:
-        """Tell whether a session of that name is there, whole or damaged.
+        saved = self.steadily(name, read)
+        self.catalogue.touch(name, time.time())
+        return saved
 
-        Raises UsageError for a bad name, SessionError if the disk refuses.
+    def longest_prefix(self, tokens: Sequence[int], identity: Mapping[str, JSON], *, leave: int = 1) -> list[Prefix]:
+        """Return the sessions that begin as these tokens do, those with most in common first; a listing, no promise.
+
+        Args:
+            tokens: of a request.
+            identity: as the sessions were saved with (`prefix_identity`).
+            leave: tokens of the request that must be left to read.
         """
-        folder = self._folder(name)
-        try:
-            return folder.is_dir()
-        except OSError as error:
-            raise SessionError(f"can't look for session {name!r} in {self.root}: {error.strerror}") from error
+        chain = prefixes.chain(as_json("identity", identity), tokens[: max(0, len(tokens) - leave)])
+        return [Prefix(name, pages * prefixes.PAGE) for name, pages in self.catalogue.longest(chain)]
+
+    def hit(self, name: str, tokens: int) -> None:
+        """Count that a request found so many tokens in a session that it had not asked for."""
+        self.catalogue.touch(name, time.time(), tokens)
 
     def show(self, name: str) -> SessionInfo:
-        """Return what is known of a session; of its blobs only the sizes are looked at. Raises as `load`."""
-        return self._steadily(name, partial(_info, name))
+        """Return what is known of a session; of its rows nothing is looked at. Raises as `load`."""
+        return self.steadily(name, lambda folder: self._info(name, folder, None))
+
+    def commits(self, name: str) -> list[tuple[int, datetime]]:
+        """Return number and time of every commit that can be gone back to, oldest first. Raises as `load`."""
+
+        def read(folder: Path) -> list[tuple[int, datetime]]:
+            if last_segment(folder) is None and legacy.is_old(folder):
+                return []
+            journal, _, path = self.opened(name, folder)
+            found = {}
+            for number in sorted({record.commit for _, record in journal.commits}):
+                found[number] = manifest_of(journal.commit(number).told, name, path).saved
+            return list(found.items())
+
+        return self.steadily(name, read)
 
     def infos(self) -> list[SessionInfo]:
         """Return what is known of all sessions, damage being told in `problem`, without waiting for a save.
 
         Raises SessionError if the folder itself can't be listed.
         """
-        infos = []
+        infos, rows = [], self.catalogue.rows()
         for name in self.names():
             try:
-                infos.append(self._steadily(name, partial(_info, name), wait=False))
+                row = rows.get(name)
+                infos.append(self.steadily(name, lambda folder, n=name, r=row: self._info(n, folder, r), wait=False))  # type: ignore[misc]
             except SessionNotFoundError:  # removed since it was listed
                 continue
             except BlockingIOError:
                 problem = f"session {name!r} is being saved or removed by another process: look again later"
-                infos.append(SessionInfo(name, None, None, _size_of(self._folder(name)), {}, {}, problem))
+                infos.append(SessionInfo(name, None, None, size_of(self.folder(name)), {}, {}, problem))
             except SessionError as error:
-                infos.append(SessionInfo(name, None, None, _size_of(self._folder(name)), {}, {}, str(error)))
+                infos.append(SessionInfo(name, None, None, size_of(self.folder(name)), {}, {}, str(error)))
         return infos
 
-    def remove(self, name: str) -> None:
-        """Remove a session, damaged or not.
+    # --- steps ------------------------------------------------------------------------------------------------
 
-        Raises SessionNotFoundError if there is none, SessionError if the disk refuses, UsageError for a bad
-        name.
-        """
-        folder = self._folder(name)
-        try:
-            self._existing(name)  # before the lock, which would make a file
-            with self._lock(name):
-                shutil.rmtree(self._existing(name))
-        except SessionError:
-            raise
-        except OSError as error:
-            raise SessionError(f"can't remove session {name!r} in {folder}: {error.strerror or error}") from error
-        self._seen.pop(name, None)
+    def _make_room(self, name: str, needed: int, previous: tuple[Journal | None, Manifest] | None) -> None:
+        if self.quota is not None:
+            from longspan.sessions import upkeep
 
-    def _folder(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise UsageError(
-                f"{name!r} can't name a session: use 1 to 100 letters (a-z), digits, dots, underscores and "
-                "hyphens, not starting with a dot"
-            )
-        return self.root / name
+            held = 0 if previous is None or previous[0] is None else previous[0].bytes
+            upkeep.make_room(self, name, max(0, needed - held), self.quota)
 
-    def _existing(self, name: str) -> Path:
-        folder = self._folder(name)
-        if not folder.is_dir():
-            saved = ", ".join(self.names())
-            raise SessionNotFoundError(
-                f"no session {name!r} in {self.root}: " + (f"choose one of {saved}" if saved else "none is saved yet")
-            )
-        return folder
+    def _saved(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, str],
+        held: int,
+        number: int,
+    ) -> SavedSession:
+        return SavedSession(
+            manifest.name,
+            manifest.created,
+            manifest.saved,
+            manifest.identity,
+            manifest.state,
+            tensors,
+            texts,
+            held,
+            number,
+        )
 
-    def _lock(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
-        return locked(self.root / f".{name}.lock", self._folder(name), wait)
+    def _info(self, name: str, folder: Path, row: Row | None) -> SessionInfo:
+        """Return what is known of a session: what the catalogue knows, where the files bear the marks it knows."""
+        row = row or self.catalogue.row(name)
+        if row is not None:
+            with suppress(OSError):
+                if (folder.stat().st_mtime_ns, (folder / row.file).stat().st_size) == (row.folder, row.end):
+                    return info_of(row)
+        if last_segment(folder) is None and legacy.is_old(folder):
+            old = legacy.read(folder, name)
+            about = old.manifest
+            return SessionInfo(name, about.created, about.saved, old.bytes, about.identity, about.state)
+        journal, manifest, path = self.opened(name, folder)
+        chain = stored.read_chain(journal, manifest)
+        mark = path.name, journal.end
+        entered = self.enter(folder, manifest, journal.number, mark, journal.bytes, chain)
+        journal.close()
+        if entered is None:
+            raise VanishedError(damage(name, folder, "is missing"))
+        known = self.catalogue.row(name)
+        return info_of(known if known is not None and known.file == entered.file else entered)
 
-    def _steadily(self, name: str, read: Callable[[Path], _T], wait: bool = True) -> _T:
-        """Read without the lock; if a file is missing, once more with it, for a commit may have passed by.
-
-        Raises BlockingIOError if the lock is needed, held by another, and `wait` is false.
-        """
-        try:
-            try:
-                return read(self._existing(name))
-            except VanishedError as missing:
-                with ExitStack() as stack:
-                    try:
-                        stack.enter_context(self._lock(name, wait))
-                    except BlockingIOError:
-                        raise
-                    except OSError:  # a read-only disk, say, where nothing can have changed either
-                        raise missing from None
-                    return read(self._existing(name))
-        except (SessionError, BlockingIOError):  # some of the first are an OSError too
-            raise
-        except OSError as error:
-            raise SessionError(
-                f"session {name!r} can't be read ({error}): make {self.root / name} and its files readable to you"
-            ) from error
-
-    def _previous(self, name: str, strict: bool) -> Manifest | None:
-        """Return the commit on disk; None if there is none or, unless `strict`, its manifest is damaged."""
-        folder = self._folder(name)
+    def _previous(self, name: str, strict: bool) -> tuple[Journal | None, Manifest] | None:
+        """Return the commit on disk; None if there is none or, unless `strict`, it is damaged."""
+        folder = self.folder(name)
         if not folder.is_dir():
             return None
         try:
-            return read_manifest(folder, name)
+            self.migrate(name) if strict else None
+            if last_segment(folder) is None and legacy.is_old(folder):
+                return None, legacy.read(folder, name).manifest
+            journal, manifest, _ = self.opened(name, folder)
         except NewerFormatError:
             raise
         except SessionCorruptError:
             if strict:
                 raise
             return None
+        return journal, manifest
 
-    def _kept(self, name: str, group: str, previous: Manifest | None) -> blobs.Blob:
-        """Return the blob of an unchanged group."""
-        blob = previous.groups.get(group) if previous else None
-        seen = self._seen.get(name)
-        if blob is None:
+    def _kept(self, name: str, group: str, previous: tuple[Journal | None, Manifest] | None) -> Any:
+        """Return what a commit tells of an unchanged group."""
+        about = None if previous is None else previous[1].tensors.get(group)
+        if previous is None or previous[0] is None or about is None:
             raise UsageError(f"session {name!r} has no saved group {group!r} that could stay unchanged: save it whole")
-        if seen is not None and seen.get(group) != blob:
+        seen = self._seen.get(name)
+        if seen is not None and seen != previous[1].id:
             raise SaveError(
                 f"can't save session {name!r}: another process has saved it since it was opened here; save it "
                 "under another name, or open it again (what the other process saved is untouched)"
             )
-        path = self._folder(name) / blob.file
-        _check_size(name, path, blob)
-        return blob
-
-
-def _info(name: str, folder: Path) -> SessionInfo:
-    manifest = read_manifest(folder, name)
-    for blob in manifest.files.values():
-        _check_size(name, folder / blob.file, blob)
-    return SessionInfo(name, manifest.created, manifest.saved, manifest.bytes, manifest.identity, manifest.state)
-
-
-def _checked(name: str, folder: Path, blob: blobs.Blob, read: Callable[[Path, blobs.Blob], _T]) -> _T:
-    """Read a blob, and tell damage in the session's words."""
-    path = folder / blob.file
-    try:
-        return read(path, blob)
-    except blobs.MissingError as error:
-        raise VanishedError(damage(name, path, str(error))) from error
-    except blobs.DamageError as error:
-        raise SessionCorruptError(damage(name, path, str(error))) from error
-
-
-def _check_size(name: str, path: Path, blob: blobs.Blob) -> None:
-    _checked(name, path.parent, blob, blobs.check_size)
-
-
-def _size_of(folder: Path) -> int:
-    """Return the bytes of a folder's files, as far as they can be seen."""
-    try:
-        return sum(path.stat().st_size for path in folder.iterdir())
-    except OSError:
-        return 0
+        return about
