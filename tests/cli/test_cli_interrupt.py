@@ -68,6 +68,7 @@ def test_the_rest_is_read_and_the_answer_is_the_same(
     ask = ("ask", "Which number?", "--max-tokens", "5", "--attention", attention, "--json")
     _, out, _ = cli(*ask, "--doc", "long.txt", "--session", "whole")
     whole = json.loads(out)
+    cli("session", "rm", "whole", "--yes")  # from which the next would start
     with monkeypatch.context() as patch:
 
         def interrupted(_: Progress, what: str, done: int, total: int) -> None:
