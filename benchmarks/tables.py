@@ -206,7 +206,7 @@ def compress() -> str:
 
 CLAIMS = (
     ("StreamingLLM", "constant memory; perplexity stable to 4M tokens", ("streaming", "streaming:sinks=64")),
-    ("H2O", "a fifth of the keys, accuracy comparable to all of them", ("h2o",)),
+    ("H2O", "a fifth of the keys, accuracy comparable to all of them", ("h2o", "h2o:every=0")),
     ("SnapKV", "8.2 times less memory at 16K tokens, negligible loss", ("snapkv", "snapkv:when=question")),
     (
         "Ada-KV",
@@ -219,12 +219,22 @@ CLAIMS = (
         "keys that later queries look at, without the question",
         ("expected", "expected:when=question"),
     ),
-    ("KeyDiff", "23 % fewer keys within 0.04 % of dense on LongBench", ("keydiff",)),
-    ("KIVI", "2 bits: 2.6 times less peak memory, almost the same quality", ("int4", "int2")),
+    ("KeyDiff", "23 % fewer keys within 0.04 % of dense on LongBench", ("keydiff", "keydiff:every=0")),
+    ("KVzip", "3 to 4 times fewer bytes, negligible loss, whatever is asked", ("kvzip", "kvzip:heads=adaptive")),
+    (
+        "KIVI",
+        "2 bits: 2.6 times less peak memory, almost the same quality",
+        ("int4", "int2:keys=3,residual=0", "int2:residual=0", "int2"),
+    ),
     (
         "eviction in 4 bits",
         "no paper: both together, ours",
-        ("snapkv+int4", "expected+int4:residual=0,sinks=0", "snapkv+int4:residual=0,sinks=0"),
+        ("kvzip+int4:residual=0", "expected+int4:residual=0", "snapkv+int4:residual=0", "snapkv+int4"),
+    ),
+    (
+        "eviction in 2 and 3 bits",
+        "no paper: both together, ours",
+        ("kvzip+int2:keys=3,residual=0", "expected+int2:keys=3,residual=0", "kvzip+int2:residual=0"),
     ),
 )
 """Methods of the survey literature: what their own papers claim, and which of our ways they are."""

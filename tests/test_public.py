@@ -11,7 +11,7 @@ import longspan
 from longspan.attention import Shape, make, mechanisms, names, parse, register
 from longspan.errors import LongspanError, UnknownNameError, UsageError
 
-EVICTING = ["h2o", "snapkv", "rocketkv", "expected", "keydiff"]
+EVICTING = ["h2o", "snapkv", "rocketkv", "expected", "keydiff", "kvzip"]
 MECHANISMS = [
     "dense", "streaming", "sparse", "superlinear", "quest", "tree", "infini", *EVICTING, "retrieval", "xattention"
 ]  # fmt: skip
@@ -197,7 +197,9 @@ def test_no_mechanism_costs_more_than_dense_in_the_long_run(spec):
     shape, n = SHAPES[0], 1_000_000
     cost, dense = parse(spec).cost(n, shape), make("dense").cost(n, shape)
     assert cost.decode_flops <= dense.decode_flops
-    assert cost.prefill_flops <= dense.prefill_flops
+    # What has a context repeated reads it twice, the second time with all of it in sight, and scores that.
+    times = 4 if getattr(parse(spec), "repeats", False) else 1
+    assert cost.prefill_flops <= times * dense.prefill_flops * (1 + 1e-5)
     # Summaries come on top: of every block of 16 keys four vectors for Quest.
     summaries = len(parse(spec).summaries) / parse(spec).block / 2 * 16 / 15
     assert cost.kept_bytes <= dense.kept_bytes * (1 + summaries)

@@ -17,10 +17,11 @@ OPTIONS = {
     "streaming": "window=100", "sparse": "window=80", "superlinear": "window=80,spans=2",
     "quest": "budget=160,window=64", "tree": "leaves=4,window=64", "infini": "segment=128",
     "h2o": "budget=150,window=70,every=64", "snapkv": "budget=150", "rocketkv": "budget=150",
-    "expected": "budget=150", "keydiff": "budget=150,every=128", "retrieval": "window=128,pages=2,read=place",
+    "expected": "budget=150", "keydiff": "budget=150,every=128", "kvzip": "budget=150",
+    "retrieval": "window=128,pages=2,read=place",
 }  # fmt: skip
 """Small enough for a thousand tokens to be a long context; what is not named here has no such options."""
-OBEYS = {"streaming", "infini", "tree", "h2o", "snapkv", "rocketkv", "expected", "keydiff"}
+OBEYS = {"streaming", "infini", "tree", "h2o", "snapkv", "rocketkv", "expected", "keydiff", "kvzip"}
 """Those that a text nearly twice as long as the budget leaves within it; the others keep every key, and say so."""
 
 

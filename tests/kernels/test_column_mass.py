@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longspan.kernels import column_mass as kernel
-from longspan.kernels.column_mass import column_mass, reference
+from longspan.kernels.column_mass import column_mass, column_most, reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 
@@ -60,3 +60,16 @@ def test_keys_that_are_not_seen_add_nothing_whatever_they_hold():
 
 def test_the_face_is_the_reference():
     assert kernel.column_mass is reference.column_mass
+
+
+@pytest.mark.parametrize("held", [1, 1 << 23])
+def test_the_most_that_one_query_gives(monkeypatch, held):
+    monkeypatch.setattr(reference, "_HELD", held)
+    q, k = inputs(2, 2, 2, 3, 9, 21)
+    _, lse = plainly(q, k, 0.5)
+    each = [column_mass(q[:, h::3, t : t + 1], k[:, :, : 13 + t], lse[:, h::3, t : t + 1], scale=0.5)
+            for h in range(3) for t in range(9)]  # fmt: skip
+    wanted = torch.zeros(2, 2, 21, dtype=torch.float64)
+    for mass in each:
+        wanted[:, :, : mass.shape[2]] = torch.maximum(wanted[:, :, : mass.shape[2]], mass)
+    torch.testing.assert_close(column_most(q, k, lse, scale=0.5), wanted, atol=1e-12, rtol=1e-12)

@@ -53,6 +53,8 @@ class Reading:
     first: int
     """Position of the first query."""
     scale: float
+    repeated: int = 0
+    """Rows before those of a repetition (see `Evicting.repeats`); 0: these are new tokens."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Evicting(Mechanism):
     when: str = "document"
     """What evicts: the `document` as it is read, for good; or each `question`, on a copy of the whole document."""
 
+    repeats: ClassVar[bool] = False
+    """Whether a context is read once more before keys are evicted, and `learn` is told of that (`Reading.repeated`)."""
     evicts: ClassVar[bool] = True
     bounded_memory: ClassVar[bool] = True
     reads_all: ClassVar[bool] = True
@@ -151,7 +155,9 @@ class Evicting(Mechanism):
         """
         return replace(self, window=max(self.window, min(count, self.keeps(n) // 2 - self.sinks)))
 
-    def attend_kept(self, q: Tensor, kv: KeptKV, *, scale: float, learn: bool, decode: bool) -> Tensor:
+    def attend_kept(
+        self, q: Tensor, kv: KeptKV, *, scale: float, learn: bool, decode: bool, repeat: bool = False
+    ) -> Tensor:
         """Attend from the last T tokens, whose keys and values the layer holds already.
 
         Args:
@@ -160,16 +166,17 @@ class Evicting(Mechanism):
             scale: what scores are multiplied by.
             learn: whether something is learned from the queries, which are read for good.
             decode: whether this is a step of decode; then T is 1.
+            repeat: whether these tokens repeat the committed ones.
 
         Returns:
             `[1, Hq, T, Dv]` in q's type; computed in float32 (float64 where q is).
         """
         computed = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        parts = [self._attend(part, rows, scale, learn, decode) for rows, part in kv.split(computed)]
+        parts = [self._attend(part, rows, scale, learn, decode, repeat) for rows, part in kv.split(computed)]
         return torch.cat(parts, 1).to(q.dtype)
 
-    def _attend(self, q: Tensor, rows: KeptRows, scale: float, learn: bool, decode: bool) -> Tensor:
-        count = q.shape[2]
+    def _attend(self, q: Tensor, rows: KeptRows, scale: float, learn: bool, decode: bool, repeat: bool) -> Tensor:
+        count, repeated = q.shape[2], rows.committed if repeat else 0
         token, row, known = rows.length - count, rows.held - count, rows.learned
         outs = []
         for start, stop, own in sides(rows, token, count):
@@ -182,7 +189,7 @@ class Evicting(Mechanism):
             out, lse = attend_rows(turned, k, v, scale, self.gpu_tile if q.is_cuda else self.tile)
             outs.append(out)
             if learn:
-                known = self.learn(known, Reading(part, turned, k, lse, token + start, scale))
+                known = self.learn(known, Reading(part, turned, k, lse, token + start, scale, repeated))
         if learn:
             rows.learn(replace(known, length=rows.length))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)

@@ -35,6 +35,7 @@ register("snapkv", "longspan.attention.snapkv:SnapKV")
 register("rocketkv", "longspan.attention.rocketkv:RocketKV")
 register("expected", "longspan.attention.expected:Expected")
 register("keydiff", "longspan.attention.keydiff:KeyDiff")
+register("kvzip", "longspan.attention.kvzip:KVzip")
 register("retrieval", "longspan.attention.retrieval:Retrieval")
 register("xattention", "longspan.attention.xattention:XAttention")
 

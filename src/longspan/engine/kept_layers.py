@@ -123,9 +123,13 @@ class KeptLayers:
         scheduled = not self.whole and self.mechanism.every > 0 and length % self.mechanism.every == 0
         rows = self._rows_left(chunk)
         for kv in self.layers:
-            crowded = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
-            if scheduled or crowded or kv.held + new > self.model.dimensions.window:
+            if scheduled or self._crowded(kv, new, rows):
                 self._evict(kv, length, new, rows, chunk)
+
+    def crowded(self, new: int, chunk: int) -> bool:
+        """Return whether `new` more tokens leave no room, in positions or bytes; arguments as for `make_room`."""
+        rows = self._rows_left(chunk)
+        return any(self._crowded(kv, new, rows) for kv in self.layers)
 
     def finish(self, length: int, chunk: int) -> None:
         """Evict after all was read; arguments and errors as for `make_room`."""
@@ -167,6 +171,20 @@ class KeptLayers:
         """Return what adds new tokens to every layer and attends from them; `learn`: they are read for good."""
         return _Reader(self, learn)
 
+    def repeating(self) -> Reader:
+        """Return what reads a repetition of the committed tokens, until `take_back`; see `Evicting.repeats`."""
+        return _Reader(self, learn=True, repeat=True)
+
+    def take_back(self, length: int) -> None:
+        """Forget a repetition, from `length` on, but not what was learned from it."""
+        for kv in self.layers:
+            kv.take_back(length)
+
+    @property
+    def spare(self) -> int:
+        """Positions that are left free for a repetition."""
+        return self.chunk if self.mechanism.repeats else 0
+
     def mass(self, queries: Mapping[Head, Tensor], heads: RetrievalHeads, length: int) -> Tensor:
         """Return the attention mass `[heads, length]` that queries put on each token; 0 where a head evicted it."""
         found = torch.zeros(len(queries), length)
@@ -203,11 +221,16 @@ class KeptLayers:
         nbytes = sum(kv.page_bytes for kv in self.layers) + left
         return self.layers[0].rows_within(nbytes // len(self.layers), chunk)
 
+    def _crowded(self, kv: KeptKV, new: int, rows: int | None) -> bool:
+        """Whether `new` more tokens pass the trained length, or what a layer may hold."""
+        full = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
+        return full or kv.held + new > self.model.dimensions.window - self.spare
+
     def _evict(self, kv: KeptKV, length: int, new: int, rows: int | None, chunk: int) -> None:
         """Evict down to what the mechanism keeps, or to as much of it as leaves room for a chunk."""
         window, mechanism = self.model.dimensions.window, self.mechanism
         # Beyond the trained length a quarter of it is left for questions and answers, which follow the rows.
-        most = window - window // 4 if length + new > window else window
+        most = window - window // 4 - self.spare if length + new > window else window
         wanted = mechanism.keeps(length)
         # Where documents stay whole, a question's copy needs rows of its own.
         left = most if rows is None else rows - chunk - (wanted if self.whole else 0)
@@ -234,6 +257,7 @@ class _Reader:
 
     kept: KeptLayers
     learn: bool
+    repeat: bool = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         kv, decode = self.kept.layers[layer], not self.learn and q.shape[2] == 1
@@ -241,4 +265,5 @@ class _Reader:
             kv.append(k, v)
         if layer + 1 < len(self.kept.layers):
             self.kept.layers[layer + 1].prefetch()
-        return self.kept.mechanism.attend_kept(q, kv, scale=scale, learn=self.learn, decode=decode)
+        how = {"learn": self.learn, "decode": decode, "repeat": self.repeat}
+        return self.kept.mechanism.attend_kept(q, kv, scale=scale, **how)

@@ -17,6 +17,7 @@ from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, page
 from longspan.engine.kept_layers import KeptLayers
 from longspan.engine.readers import Asked, Attending
 from longspan.engine.recurrence import SHARE, Recurrence
+from longspan.engine.repetition import repeat
 from longspan.engine.resolutions import Needs, demoted, settle
 from longspan.errors import PoolExhaustedError
 from longspan.hf.attention import Reader
@@ -84,6 +85,7 @@ class KVContext(Context):
         )
         self.attend_by(mechanism)
         self._committed = 0
+        self._repeated = 0  # tokens: those before were repeated for a mechanism that evicts by that
         self._masses: list[PageMass] = []
         """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
         if self._moves:
@@ -318,7 +320,7 @@ class KVContext(Context):
                 self.layers, len(tokens), demoted(self.layers, tensors, self._page_bytes(), needs, self.budget)
             )
         self.tokens = list(tokens)
-        self._committed = self.length
+        self._committed = self._repeated = self.length
         if not self.budget.limited:
             # What a budget had demoted need not stay so without one.
             for kv in self.layers:
@@ -329,7 +331,9 @@ class KVContext(Context):
         reader = self._reader(mechanism or self.mechanism, for_good=mechanism is not None)
         if self.kept is not None and mechanism is not None:
             self._commit()  # an interruption may have come between reading and this
-            self.kept.make_room(before, len(chunk), self.chunk)
+            if self.kept.crowded(len(chunk), self._room):
+                self._repeat()
+            self.kept.make_room(before, len(chunk), self._room)
         if self._moves:
             self._settle(len(chunk))
         else:
@@ -354,7 +358,7 @@ class KVContext(Context):
             else:
                 self._asked.free()
                 self._asked = None
-        self._committed = min(self._committed, length)
+        self._committed, self._repeated = min(self._committed, length), min(self._repeated, length)
         for mass in self._masses:
             mass.truncate(length // PAGE)
 
@@ -372,7 +376,21 @@ class KVContext(Context):
     def _finish(self) -> None:
         if self.kept is not None:
             self._commit()
-            self.kept.finish(self.length, self.chunk)
+            self._repeat()
+            self.kept.finish(self.length, self._room)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that must find room beside what is kept: a chunk, and a repetition of one where there is any."""
+        assert self.kept is not None, "only what evicts makes room so"
+        return self.chunk * (2 if self.kept.mechanism.repeats else 1)
+
+    def _repeat(self) -> None:
+        """Have what was committed repeated, where the mechanism evicts by that (`repetition.py`)."""
+        assert self.kept is not None, "only what evicts is repeated"
+        if self.kept.mechanism.repeats:
+            done = repeat(self.model, self.kept, self.tokens, self._repeated, self.chunk, self.recurrence.state)
+            self._repeated = done
 
     def _reader(self, mechanism: Mechanism, *, for_good: bool) -> Reader:
         """Return what happens in every layer when tokens are read, documents' or those that are taken back."""

@@ -33,11 +33,12 @@ _SMALL = "int2:keys=3,residual=0"
 """The smallest format whose loss is small: 3 bits for keys, 2 for values, the first page exact."""
 
 WAYS = (
-    _SMALL, "int4", f"expected+{_SMALL}", f"keydiff+{_SMALL}", f"snapkv+{_SMALL}", f"streaming:sinks=64+{_SMALL}",
-    "expected+int2:residual=0", "keydiff+int2:residual=0", f"h2o+{_SMALL}", f"snapkv:heads=adaptive+{_SMALL}",
-    "snapkv", "expected", "keydiff", "streaming", "snapkv:heads=adaptive", "expected+int4:residual=0",
-    "snapkv+int4:residual=0", "h2o", "rocketkv", "expected:heads=adaptive", "int2:residual=0", "int8", "fp8",
-    "snapkv:when=question", "rocketkv:when=question", f"expected:heads=adaptive+{_SMALL}",
+    _SMALL, f"kvzip+{_SMALL}", "int4", f"kvzip:heads=adaptive+{_SMALL}", f"keydiff:every=0+{_SMALL}",
+    f"expected+{_SMALL}", f"streaming:sinks=64+{_SMALL}", "kvzip", f"snapkv+{_SMALL}", "kvzip+int2:residual=0",
+    "kvzip+int4:residual=0", "snapkv", "expected", "keydiff:every=0", "streaming", "snapkv:heads=adaptive",
+    "kvzip:heads=adaptive", "expected+int4:residual=0", "snapkv+int4:residual=0", "h2o:every=0", "rocketkv",
+    "expected:heads=adaptive", "int8", "fp8", f"h2o:every=0+{_SMALL}", "int2:residual=0", "snapkv:when=question",
+    "rocketkv:when=question",
 )  # fmt: skip
 """Ours, where none are named, those that promise most first: both together, then methods and formats alone."""
 

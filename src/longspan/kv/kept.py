@@ -212,6 +212,11 @@ class KeptKV:
             group.truncate(min(length, group.length))
         self._committed = min(length, self._committed)
 
+    def take_back(self, length: int) -> None:
+        """Forget tokens that were not committed, from `length` on, but not what was learned of the rows before them."""
+        for group in self.groups:
+            group.take_back(min(length, group.length))
+
     def drop(self, start: int, stop: int) -> None:
         """Do nothing: what is no longer read was evicted."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -169,6 +169,12 @@ class KeptRows:
         if length < self.learned.length:
             assert length >= self._lasting.length, "what was learned for good can't be forgotten in part"
             self.learned = self._lasting
+
+    def take_back(self, length: int) -> None:
+        """Forget tokens that were not committed, from `length` on, but not what was learned of the rows before them."""
+        learned = self.learned
+        self.truncate(length)
+        self.learn(replace(learned, length=min(learned.length, length)))
 
     def keep(self, index: Tensor, *, write_down: bool = True) -> None:
         """Keep the rows `[Hkv, n]` in `index` (int64, ascending) and evict the others. All rows must be committed.

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from longspan.kernels.column_mass.reference import column_mass
+from longspan.kernels.column_mass.reference import column_mass, column_most
 
-__all__ = ["column_mass"]
+__all__ = ["column_mass", "column_most"]
