@@ -19,6 +19,10 @@ from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
 from longspan.kv.rotary import Rotary
 
+_PART = 256
+"""Rows that are multiplied together: a product over many thousands of rows with three queries keeps few of a GPU's
+processors busy."""
+
 
 def continued(
     model: CausalModel,
@@ -101,7 +105,7 @@ class _Layer:
     k: Tensor
     v: Tensor
     bias: Tensor
-    """What is added to scores, `[B, Hkv, 1, N]`: -inf for padding, and 0."""
+    """What is added to scores, `[B, Hkv, 1, N]`: 0 for rows that are there, -inf for padding and those to come."""
     held: int
     """Rows so far, padding included; the answer's follow."""
 
@@ -127,12 +131,16 @@ class _Together:
             assert self.angles is not None, "the first layer comes first"
             q, k = self.rotary.turn(q, self.angles), self.rotary.turn(k.to(q.dtype), self.angles)
         rows.k[:, :, rows.held], rows.v[:, :, rows.held] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        rows.bias[..., rows.held] = 0.0
         rows.held += 1
         # The heads of a group are the queries of their KV head. Nothing here waits for a GPU.
-        grouped = (q[0].transpose(0, 1) * scale).reshape(batch, rows.k.shape[1], -1, q.shape[3])
-        keys, values = (x[:, :, : rows.held].to(q.dtype) for x in (rows.k, rows.v))
-        weights = torch.softmax(grouped @ keys.mT + rows.bias[..., : rows.held], -1)
-        return (weights @ values).view(1, batch, heads, -1).transpose(1, 2).to(v.dtype)
+        grouped = (q[0].transpose(0, 1) * scale).reshape(batch, rows.k.shape[1], 1, -1, q.shape[3])
+        stop = -(-rows.held // _PART)
+        keys, values = (x.unflatten(2, (-1, _PART))[:, :, :stop].to(q.dtype) for x in (rows.k, rows.v))
+        scores = (grouped @ keys.mT).transpose(2, 3).flatten(3)  # [B, Hkv, G, N]
+        scores = scores + rows.bias[..., : stop * _PART]
+        weights = torch.softmax(scores, -1).unflatten(3, (stop, _PART)).transpose(2, 3)
+        return (weights @ values).sum(2).view(1, batch, heads, -1).transpose(1, 2).to(v.dtype)
 
 
 def _rows(context: KVContext, layer: int) -> list[tuple[Tensor, Tensor]]:
@@ -150,11 +158,12 @@ def _stacked(contexts: list[list[tuple[Tensor, Tensor]]], room: int) -> _Layer:
     """Stack the rows of each context's heads, padded in front, with room for so many more."""
     most = max(k.shape[0] for heads in contexts for k, _ in heads)
     (k, v), batch, heads = contexts[0][0], len(contexts), len(contexts[0])
-    keys = k.new_zeros(batch, heads, most + room, k.shape[1])
-    values = v.new_zeros(batch, heads, most + room, v.shape[1])
-    bias = torch.zeros(batch, heads, 1, most + room, device=k.device)
+    size = -(-(most + room) // _PART) * _PART
+    keys = k.new_zeros(batch, heads, size, k.shape[1])
+    values = v.new_zeros(batch, heads, size, v.shape[1])
+    bias = torch.full((batch, heads, 1, size), float("-inf"), device=k.device)
     for b, each in enumerate(contexts):
         for h, (k, v) in enumerate(each):
             start = most - k.shape[0]
-            keys[b, h, start:most], values[b, h, start:most], bias[b, h, 0, :start] = k, v, float("-inf")
+            keys[b, h, start:most], values[b, h, start:most], bias[b, h, 0, start:most] = k, v, 0.0
     return _Layer(keys, values, bias, most)

@@ -103,9 +103,7 @@ class CausalModel:
         """
         if len(tokens) == 1 and self._one_token is not None:
             return self._one_token(tokens[0], reader, logits=bool(logits))
-        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
-        # Position 0 everywhere: nothing is rotated (see hf/attention.py).
-        given = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False, "longspan": reader}
+        given = self._inputs(tokens, reader)
         if self._hybrid is not None:
             assert state is not None, "a hybrid model reads on from a state"
             cache = self._hybrid.cache(state)
@@ -121,6 +119,42 @@ class CausalModel:
         if self._hybrid is not None and state is not None:
             state.update(self._hybrid.states(cache))
         return out
+
+    @torch.inference_mode()
+    def states(self, tokens: Sequence[int], reader: Reader, layer: int) -> Tensor:
+        """Return the residual stream behind a layer, float32 `[T, hidden]`; layers above it are not run.
+
+        Args:
+            tokens: T token ids.
+            reader: see `forward`.
+            layer: how many layers run.
+
+        Raises:
+            ModelError: a hybrid model, or one whose layers are not where they usually are.
+        """
+        layers = getattr(self.model.base_model, "layers", None)
+        if layers is None or self._hybrid is not None or not 1 <= layer < len(layers):
+            raise ModelError(f"{self.name} has no {layer} plain layers whose states could be taken")
+        found: list[Tensor] = []
+
+        def take(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append((given[0] if given else named["hidden_states"])[0].float())
+            raise Enough
+
+        hook = layers[layer].register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            self.model.base_model(**self._inputs(tokens, reader))
+        except Enough:
+            pass
+        finally:
+            hook.remove()
+        return found[0]
+
+    def _inputs(self, tokens: Sequence[int], reader: Reader) -> dict[str, Any]:
+        """Return what a forward call is given."""
+        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
+        # Position 0 everywhere: nothing is rotated (see hf/attention.py).
+        return {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False, "longspan": reader}
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens added at its ends."""

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from longspan.errors import UsageError
 from longspan.evals.asking.asker import Identity, Reply
 from longspan.evals.asking.local import Local
 from longspan.evals.asking.readers import reading
@@ -162,3 +163,30 @@ def test_a_place_in_the_text_is_in_a_passage():
     text = split.joined(range(4))
     assert [split.at(i) for i in range(len(text))] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
     assert split.at(99) == 3
+
+
+def test_the_models_states_choose_passages_and_both_rankings_together(tiny, make_llm):
+    asker = Local(make_llm("dense"))
+    made = made_for(asker, "ruler", "niah_multikey_2")
+    texts = pieces.split(made.context[len(made.head) :]).texts
+    alike = asker.alike(texts, made.question)
+    assert sorted(alike) == list(range(len(texts)))
+    assert asker.alike([*texts[:20], made.question, *texts[20:]], made.question)[0] == 20, "nothing is more like it"
+
+    kept = {}
+    for by in ("lexical", "dense", "hybrid"):
+        inner = Reader()
+        inner.chooses, inner.tokens, inner.alike = True, asker.tokens, lambda *_: alike
+        inner.template = asker.template
+        reading(inner, readings.parse(f"retrieved:by={by},passages=4")).ask(made, lambda *_: None)
+        told = pieces.split(inner.asked[0].context[len(made.head) :]).texts
+        kept[by] = {texts.index(text) for text in told}
+    words = pieces.best(texts, made.question, 4)
+    assert kept["lexical"] == set(words) and kept["dense"] == set(alike[:4])
+    assert len(kept["hybrid"]) == 4 and kept["hybrid"] & (set(words) | set(alike[:3]))
+
+
+@pytest.mark.parametrize("by", ["dense", "hybrid", "heads"])
+def test_who_shows_no_states_can_only_be_asked_by_words(by):
+    with pytest.raises(UsageError, match=f"by={by} needs a model's heads or states.*use by=lexical"):
+        reading(Reader(), readings.parse(f"retrieved:by={by}"))

@@ -11,7 +11,7 @@ holds nothing between calls: two questions never see one another.
     parallel   questions that may be asked at once (from as many threads); 1: one after another
     together   questions that `ask_all` answers side by side; 1: it is not called
     measures   whether `ask` can return the probability of a text (`Example.follows`) instead of an answer
-    chooses    whether `choose` can tell which stretches of a text matter for a question
+    chooses    whether `choose` can tell which stretches of a text matter for a question, and `alike` which passages
     ask        reads an example's context, asks, and returns a `Reply`
     ask_all    the same for several examples, where `together` is more than 1: each gets the reply that `ask` gives
 
@@ -115,13 +115,16 @@ class Asker(Protocol):
 
     @property
     def chooses(self) -> bool:
-        """Whether `choose` can be called."""
+        """Whether `choose` and `alike` can be called."""
 
     def tokens(self, text: str) -> Sequence[object]:
         """Return a text's tokens, without special tokens at its ends."""
 
     def choose(self, text: str, question: str) -> list[tuple[int, int]]:
         """Return the stretches of a text (first character, and the one after the last) that matter most, best first."""
+
+    def alike(self, texts: Sequence[str], question: str) -> list[int]:
+        """Return all passages by number, those first whose states in the model are most like the question's."""
 
     def ask(self, example: Example, tick: Tick) -> Reply:
         """Answer an example that was made for these `tokens` and this `template`; greedy.

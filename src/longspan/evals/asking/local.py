@@ -18,6 +18,7 @@ from longspan.attention import Hints, make
 from longspan.attention.retrieval import Retrieval
 from longspan.engine import prompts, rereading
 from longspan.engine.contexts import Context
+from longspan.engine.embedding import Embedder
 from longspan.engine.generation import Answer, Stats, decode
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
@@ -30,6 +31,7 @@ from longspan.evals.questions.example import Example, Template
 from longspan.evals.questions.scoring import score
 from longspan.evals.together import continued
 from longspan.hf.model import CausalModel
+from longspan.retrieval.dense import DenseIndex
 from longspan.sessions.session import Session
 
 _TOGETHER = {"cpu": 1, "cuda": 16}
@@ -110,6 +112,11 @@ class Local:
             return [(each.start, each.end) for each in self.llm.choose(question, session).sentences]
         finally:
             context.free()
+
+    def alike(self, texts: Sequence[str], question: str) -> list[int]:
+        """See `Asker`."""
+        *passages, asked = Embedder(self.llm.model)([*texts, question])
+        return DenseIndex(torch.stack(passages)).ranking(asked)
 
     def ask(self, example: Example, tick: Tick = lambda _, __: None) -> Reply:
         """See `Asker`."""

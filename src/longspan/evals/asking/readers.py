@@ -23,9 +23,9 @@ def reading(asker: Asker, how: Reading) -> Asker:
     if isinstance(how, Full):
         return asker
     if isinstance(how, Retrieved):
-        if how.by == "heads" and not asker.chooses:
+        if how.by != "lexical" and not asker.chooses:
             raise UsageError(
-                f"retrieved:by=heads needs a model's retrieval heads, and {asker.identity.model} shows none: "
+                f"retrieved:by={how.by} needs a model's heads or states, and {asker.identity.model} shows none: "
                 "use by=lexical"
             )
         return Retrieving(asker, how)
@@ -79,6 +79,10 @@ class _Around:
         """See `Asker`."""
         return self._asker.choose(text, question)
 
+    def alike(self, texts: Sequence[str], question: str) -> list[int]:
+        """See `Asker`."""
+        return self._asker.alike(texts, question)
+
     def ask_all(self, examples: Sequence[Example], tick: Tick) -> list[Reply]:
         """See `Asker`."""
         raise AssertionError("what is read of each context is chosen for its question")
@@ -100,15 +104,26 @@ class Retrieving(_Around):
         """See `Asker`."""
         split = pieces.split(example.context[len(example.head) :])
         began = time.perf_counter()
-        if self._how.by == "lexical":
-            best = pieces.best(split.texts, example.question, self._how.passages)
-        else:
-            best = self._by_heads(split, example.question)
+        best = self._best(split, example.question)
         seconds = time.perf_counter() - began
         shorter = replace(example, context=example.head + split.joined(sorted(best)))
         reply = self._ask(shorter, tick)
         told = {"chosen_passages": float(len(best)), "choosing_s": round(seconds, 4)}
         return replace(reply, measures={**reply.measures, **told})
+
+    def _best(self, split: pieces.Pieces, question: str) -> list[int]:
+        """Return the passages to read, best first."""
+        most, texts = self._how.passages, split.texts
+        if self._how.by == "lexical":
+            return pieces.best(texts, question, most)
+        if self._how.by == "heads":
+            return self._by_heads(split, question)
+        alike = self._asker.alike(texts, question)
+        if self._how.by == "hybrid":
+            from longspan.retrieval.fusion import fused
+
+            alike = fused([pieces.best(texts, question, len(texts)), alike])
+        return alike[:most]
 
     def _by_heads(self, split: pieces.Pieces, question: str) -> list[int]:
         """Return the passages in which the sentences that the heads rank best begin, best first."""

@@ -65,6 +65,10 @@ class Endpoint:
         """See `Asker`: an endpoint shows no heads."""
         raise AssertionError("an endpoint chooses nothing")
 
+    def alike(self, texts: Sequence[str], question: str) -> list[int]:
+        """See `Asker`: an endpoint shows no states."""
+        raise AssertionError("an endpoint compares nothing")
+
     def ask_all(self, examples: Sequence[Example], tick: Tick) -> list[Reply]:
         """See `Asker`: an endpoint is asked from several threads instead."""
         raise AssertionError("an endpoint is asked one by one")

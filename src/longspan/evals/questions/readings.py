@@ -12,6 +12,9 @@ from typing import Any, ClassVar
 from longspan import specs
 from longspan.errors import UnknownNameError, UsageError
 
+BY = ("lexical", "dense", "hybrid", "heads")
+"""What may choose passages; all but the first need a model that runs here."""
+
 
 @dataclass(frozen=True)
 class Full:
@@ -26,14 +29,15 @@ class Retrieved:
 
     name: ClassVar[str] = "retrieved"
     by: str = "lexical"
-    """`lexical` (BM25), or `heads`: the model's retrieval heads, and words beside them, as `--attention retrieval`."""
+    """`lexical` (BM25); `dense`: the model's own states, of passage and question alike; `hybrid`: both rankings joined
+    (`retrieval/fusion.py`); `heads`: the model's retrieval heads, and words beside them, as `--attention retrieval`."""
     passages: int = 8
     """Passages at most: sentences of prose, lines, documents."""
 
     def __post_init__(self) -> None:
         """Refuse what is no choice."""
-        if self.by not in ("lexical", "heads"):
-            raise UsageError(f"retrieved: by={self.by} is unknown: use lexical or heads")
+        if self.by not in BY:
+            raise UsageError(f"retrieved: by={self.by} is unknown: use {', '.join(BY[:-1])} or {BY[-1]}")
         _at_least_one("retrieved", "passages", self.passages)
 
 
