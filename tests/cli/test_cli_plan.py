@@ -68,3 +68,54 @@ def test_a_folder_without_a_field(cli, home) -> None:
     (home / "own" / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "vocab_size": 9}')
     code, _, err = cli("plan", "--model", "own", "--gpu", "h100")
     assert code == 1 and "'num_hidden_layers'" in err and err.count("\n") == 1
+
+
+def test_a_decision_is_told(cli) -> None:
+    code, out, err = cli("decide", "--model", "llama-3.1-8b", "--context", "600K", "--gpu", "h100")
+    assert (code, err) == (0, "")
+    assert "Next: " in out and "Out:" in out and "What would flip it:" in out and "needle-h200.json row" in out
+    _, out, _ = cli("decide", "--context", "64K", "--gpu", "h100", "--json")
+    told = json.loads(out)
+    assert told["choice"]["attention"] == "dense" and told["choice"]["exact"] and told["flips"]
+
+
+def test_a_tree_three_ways(cli) -> None:
+    code, out, _ = cli("decide", "--gpu", "h100", "--tree")
+    assert code == 0 and out.count("nothing may be approximated") == 3 and "└── " in out
+    code, out, _ = cli("decide", "--gpu", "h100", "--mermaid")
+    assert code == 0 and out.startswith("flowchart LR")
+    code, out, _ = cli("decide", "--gpu", "cpu", "--model", "smollm2", "--tree", "--json")
+    assert code == 0 and json.loads(out)["then"][0]["if"].startswith("one CPU")
+    code, _, err = cli("decide", "--gpu", "h100", "--tree", "--mermaid")
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_costs_are_told(cli, home) -> None:
+    code, out, err = cli("cost", "--corpus", "10M", "--per-day", "100", "--price-in", "2", "--price-out", "8")
+    assert (code, err) == (0, "")
+    assert (
+        "$2,000" in out and "100 questions a day" in out and "Cached costs less than whole from 2 questions on." in out
+    )
+    options = ("cost", "--tokens", "1M", "--queries", "10", "--prices-of", "claude-sonnet-4.6")
+    code, out, err = cli(*options, "--json", "--html", "cost.html", "--out", "cost.png")
+    told = json.loads(out)
+    assert code == 0 and [each["way"] for each in told["ways"]] == ["whole", "cached", "retrieval", "hybrid"]
+    assert "prices of 2026" in told["paid"] and any("platform.claude.com" in note for note in told["notes"])
+    assert (home / "cost.png").read_bytes().startswith(b"\x89PNG")
+    assert (home / "cost.html").read_text(encoding="utf-8").count("data:image/svg+xml") == 2
+    code, out, _ = cli("cost", "--tokens", "128K", "--gpu-hour", "2.69")
+    assert code == 0 and "rented day and night" in out.lower()
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--tokens", "many"], "128Ki"), (["--prices-of", "nobody"], "gpt-4.1"), (["--price-in", "-1"], "--price-in"),
+        (["--gpu-hour", "-2"], "--gpu-hour"), (["--prices", "none.json"], "none.json"), (["--queries", "0"], "queries"),
+        (["--corpus", "1M", "--per-day", "0"], "--per-day"), (["--gpu-hour", "1", "--gpu", "h300"], "h100"),
+    ],
+)  # fmt: skip
+def test_nonsense_costs_a_line(cli, options: list[str], told: str) -> None:
+    code, out, err = cli("cost", *options)
+    assert (code, out) == (2, "")
+    assert told in err and err.count("\n") == 1

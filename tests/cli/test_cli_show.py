@@ -163,6 +163,8 @@ COMMANDS = [
     ["bench", "attention"],
     ["bench", "model"],
     ["plan"],
+    ["decide"],
+    ["cost"],
 ]
 
 

@@ -1,5 +1,5 @@
 """The command line: `longspan ask`, `chat`, `demo`, `session`, `models`, `attention`, `plan`,
-`eval`, `bench`, `version`.
+`decide`, `cost`, `eval`, `bench`, `version`.
 
 Modules of this folder load nothing heavy when imported, so that help answers at once; commands load what they need
 when they run. It does not know how anything is done: it reads arguments, calls the engine and shows what comes back.
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import longspan
 from longspan import settings
-from longspan.cli import ask, bench, chat, demo, evals, output, plan, sessions, show
+from longspan.cli import ask, bench, chat, cost, decide, demo, evals, output, plan, sessions, show
 
 __all__ = ["app", "main", "run"]
 
@@ -63,6 +63,8 @@ show.add_to(app)
 evals.add_to(app)
 bench.add_to(app)
 plan.add_to(app)
+decide.add_to(app)
+cost.add_to(app)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -92,10 +92,7 @@ def attended(model: Model, spec: str, kv_format: str, own: float, n: int) -> lis
         own: bytes of a number as the model computes.
         n: tokens of context.
     """
-    groups: dict[Attention, int] = {}
-    for each in model.attending:
-        groups[each] = groups.get(each, 0) + 1
-    return [_attended(each, count, spec, kv_format, own, n) for each, count in groups.items()]
+    return [_attended(each, count, spec, kv_format, own, n) for each, count in model.alike]
 
 
 @functools.lru_cache(maxsize=4096)

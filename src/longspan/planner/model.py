@@ -121,6 +121,14 @@ class Model:
         return [layer.attention for layer in self.layers if layer.attention is not None]
 
     @cached_property
+    def alike(self) -> list[tuple[Attention, int]]:
+        """Every kind of attention, and how many layers have it."""
+        groups: dict[Attention, int] = {}
+        for each in self.attending:
+            groups[each] = groups.get(each, 0) + 1
+        return list(groups.items())
+
+    @cached_property
     def recurrent(self) -> list[Recurrent]:
         """The state of every layer that carries one."""
         return [layer.recurrent for layer in self.layers if layer.recurrent is not None]

@@ -66,6 +66,8 @@ class Sent:
     """All other FLOPs of prefill, likewise."""
     decode_bytes: float
     """Bytes that a rank sends for one decoded token."""
+    across: float = 0.0
+    """Bytes of those of prefill that the busiest rank sends to another node."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,18 @@ def _ring(work: Work, ranks: Ranks) -> Sent:
     p = ranks.count
     own = -(-work.n // p)
     sent = (p - 1) * _kv_bytes(work, own)
-    return Sent(own, p, p - 1, sent, True, 1 / p, 1 / p, _merge(work, ranks))
+    # Every block passes between two nodes over the one adapter of the GPU that stands at the edge.
+    across = sent if ranks.nodes > 1 else 0.0
+    return Sent(own, p, p - 1, sent, True, 1 / p, 1 / p, _merge(work, ranks), across)
 
 
 def _context_parallel(work: Work, ranks: Ranks) -> Sent:
     p = ranks.count
     own = -(-work.n // p)
-    return Sent(own, 1, 1, (p - 1) * _kv_bytes(work, own), False, 1 / p, 1 / p, _merge(work, ranks))
+    sent = (p - 1) * _kv_bytes(work, own)
+    # A node fetches what other nodes hold once, by all of its adapters together.
+    across = (p - ranks.gpus) / ranks.gpus * _kv_bytes(work, own)
+    return Sent(own, 1, 1, sent, False, 1 / p, 1 / p, _merge(work, ranks), across)
 
 
 def _star(work: Work, ranks: Ranks) -> Sent:
@@ -127,7 +134,8 @@ def _sharded(work: Work, ranks: Ranks) -> Sent:
     own = -(-work.n // p)
     # Every query's candidates are scored where they lie; scores of its choice and partial outputs travel.
     sent = own * (p - 1) / p * 2 * _partials(work.model)
-    return Sent(own, 1, 2, sent if p > 1 else 0.0, False, 1 / p, 1 / p, 2 * _merge(work, ranks))
+    across = sent * (ranks.nodes - 1) / ranks.nodes
+    return Sent(own, 1, 2, sent, False, 1 / p, 1 / p, 2 * _merge(work, ranks), across)
 
 
 PLACEMENTS = {
@@ -182,7 +190,7 @@ def prefill(work: Work, ranks: Ranks, how: Placement) -> Range:
         # Weights are read by every rank, and each computes its own tokens.
         times.prefill_rest(part),
     )
-    return _together(compute, _sending(sent.bytes, ranks, work), sent.beside)
+    return _together(compute, _sending(sent.bytes, sent.across, ranks, work), sent.beside)
 
 
 def decode(work: Work, ranks: Ranks, how: Placement) -> Range:
@@ -195,19 +203,21 @@ def decode(work: Work, ranks: Ranks, how: Placement) -> Range:
     collectives = len(work.model.attending) * (2 if ranks.split or how.name == "sharded" else 1)
     wait = collectives * _LATENCY[ranks.nodes > 1] * math.ceil(math.log2(max(2, ranks.count)))
     return plus(
-        times.decode_attention(share), rest, _sending(sent.decode_bytes, ranks, work), Range(wait / 2, 2 * wait)
+        times.decode_attention(share),
+        rest,
+        _sending(sent.decode_bytes, sent.decode_bytes if ranks.nodes > 1 else 0.0, ranks, work),
+        Range(wait / 2, 2 * wait),
     )
 
 
-def _sending(count: float, ranks: Ranks, work: Work) -> Range:
-    """Return the seconds that a rank takes to send bytes: over the slowest of the links that they pass."""
+def _sending(count: float, across: float, ranks: Ranks, work: Work) -> Range:
+    """Return the seconds that a rank takes to send bytes, of which some go to another node."""
     if not count:
         return Range(0.0, 0.0)
-    bandwidth, (low, high) = work.device.link, _LINK_SHARE
-    if ranks.nodes > 1 and ranks.network < bandwidth:
-        bandwidth, (low, high) = ranks.network, _NETWORK_SHARE
-    told = f"links at {100 * low:.0f} to {100 * high:.0f} % of their nominal bandwidth, not measured"
-    return Range(count / bandwidth / high, count / bandwidth / low, (Source("", 0, told),))
+    (low, high), (slow, fast) = _LINK_SHARE, _NETWORK_SHARE
+    within, beyond = (count - across) / work.device.link, across / ranks.network
+    told = Source("", 0, f"links at {100 * low:.0f} to {100 * high:.0f} % of their nominal bandwidth, not measured")
+    return Range(within / high + beyond / fast, within / low + beyond / slow, (told,))
 
 
 def _together(compute: Range, sending: Range, beside: bool) -> Range:

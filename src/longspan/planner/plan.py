@@ -207,7 +207,7 @@ def plan(
             weights=weights,
             kv=kv,
             gpu=gpu,
-            ranks=_ranks(gpus, nodes, network, anchor, split_weights),
+            ranks=ranks(gpus, nodes, network, anchor, split_weights),
             placement=placement,
             concurrent=concurrent,
             chunk=chunk,
@@ -265,7 +265,8 @@ def planned(given: Asked) -> Plan:
     return Plan(given, given.memory(), prefill, step, sent, tuple(_notes(given)))
 
 
-def _ranks(gpus: int, nodes: int, network: float, anchor: int | None, split: bool) -> Ranks:
+def ranks(gpus: int, nodes: int, network: float, anchor: int | None = None, split: bool = False) -> Ranks:
+    """Return GPUs that share a context (UsageError: a number out of range)."""
     for name, value in (("gpus", gpus), ("nodes", nodes), ("anchor", 1 if anchor is None else anchor)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
             raise UsageError(f"{name}={value} must be a whole number of at least 1")
@@ -313,6 +314,7 @@ def _sent(sent: Sent) -> dict[str, Any]:
         "compute_steps": sent.steps,
         "passes": sent.passes,
         "bytes_sent": round(sent.bytes),
+        "bytes_sent_to_other_nodes": round(sent.across),
         "sent_beside_compute": sent.beside,
         "decode_bytes_sent": round(sent.decode_bytes),
     }

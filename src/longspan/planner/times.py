@@ -7,13 +7,15 @@ excess over the roofline is a share or so much a layer, so both are taken as end
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longspan.planner import devices, formats, measured
+from longspan.errors import LongspanError
+from longspan.planner import devices, formats, measured, reading
 from longspan.planner.devices import Device
 from longspan.planner.measured import Range, Source, plus
 from longspan.planner.memory import CHUNK, GPU_CHUNK, attended, mechanism, state_bytes
@@ -234,17 +236,12 @@ def _distance(a: Model, b: Model) -> float:
 
 def _row(work: Work, what: str, entry: dict[str, Any]) -> tuple[_Row, float] | None:
     """Return one entry as a row; None: it is of another kind of device, or does not say this."""
-    from longspan.errors import LongspanError
-    from longspan.planner.reading import model
-
     speed, device = entry.get(f"{what}_tokens_per_s"), devices.of(entry["device"])
     if not speed or device.gpu != work.device.gpu or (device.gpu and device.name != work.device.name):
         return None
     if "prefill" in entry and what == "prefill":
         return None
-    try:
-        of = model(named(entry["model"]))
-    except LongspanError:
+    if (of := _known(entry["model"])) is None:
         return None
     if not device.gpu:
         cpu = devices.devices()["cpu"]
@@ -259,6 +256,15 @@ def _row(work: Work, what: str, entry: dict[str, Any]) -> tuple[_Row, float] | N
     spread = (_NEAR if near else _SAME) if alike else _OTHER
     same = near and alike and there.name == work.name
     return _Row(there, measured.source(entry), spread, same), (1 if what == "decode" else there.n) / speed
+
+
+@functools.cache
+def _known(name: str) -> Model | None:
+    """Return the model that a result names; None: its configuration is not known here."""
+    try:
+        return reading.model(named(name))
+    except LongspanError:
+        return None
 
 
 def named(model: str) -> str:
