@@ -98,9 +98,9 @@ def search_kernel(
     Scores, first and last keys `[B, Hkv, G, T, SPANS]`, anchors (ANCHORS), and keys that sort these rows: by KV head,
     then by bands, then by where the span begins. A band is neighbouring queries, whose spans are nearly as long as one
     another. Rows that another span cut short are a band of their own, the first: they are few, their tiles wide, and
-    what takes longest must not begin last. (Rows that the context's ends cut short are not: few tiles of theirs would
-    reach from one end to the other.) Empty rows come last. Every second band runs backwards: a tile with rows of two
-    bands would otherwise do so too.
+    what takes longest must not begin last. (Rows that the context's ends cut short stay with their neighbours: few
+    tiles of theirs would reach from one end to the other.) Empty rows come last. Every second band runs backwards: a
+    tile with rows of two bands would otherwise do so too.
     """
     i_t, i_head, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     count, heads = tl.num_programs(0), tl.num_programs(1)
@@ -188,7 +188,9 @@ def search_kernel(
             if j != 3 and SPANS > 3:
                 cut = tl.maximum(cut, _cut(lo, hi, lo3, hi3, j > 3))
         bands = tl.cdiv(count, band)
-        short = (cut > lo) & ((hi - cut) * 4 < full * 3)
+        # Farther back cut rows lie so far apart that a tile of them would read eight spans and more: they stay.
+        near = n - lo <= count * (G * SPANS * (SPANS - 1) // 4)
+        short = (cut > lo) & ((hi - cut) * 4 < full * 3) & near
         i_band = tl.where(cut > hi, bands + 1, tl.where(short, 0, i_t // band + 1))
         place = tl.minimum(cut, stride - 1)
         place = tl.where(i_band % 2 == 1, stride - 1 - place, place)
