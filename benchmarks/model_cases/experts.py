@@ -49,14 +49,17 @@ def _route(options: Options) -> Iterator[Case]:
         yield Case(f"route {tokens}", [routed], routed, lambda wanted=wanted: wanted, moved, graph=True)  # type: ignore[misc]
         ids = triton_kernels.route(logits, bias, ROUTING)[0]
 
-        def sorted_(ids: Tensor = ids, pad: int = 128) -> Sequence[Tensor]:
+        numbers = 1 + torch.arange(tokens, dtype=torch.float32, device="cuda").unsqueeze(1)
+
+        def sorted_(ids: Tensor = ids, numbers: Tensor = numbers, pad: int = 128) -> Sequence[Tensor]:
             layout = Layout.of(ids, EXPERTS, pad)
-            return layout.expert[layout.place.long() // pad], layout.row[layout.place.long()] + 1
+            place = layout.place.long()
+            return layout.expert[place // pad], triton_kernels.spread(numbers, layout)[place].squeeze(-1)
 
         def layout(ids: Tensor = ids, pad: int = 128) -> Layout:
             return Layout.of(ids, EXPERTS, pad)
 
-        token = 1 + torch.arange(tokens, device="cuda").unsqueeze(1).expand(-1, ROUTING.top)
+        token = numbers.expand(-1, ROUTING.top)
         yield Case(
             f"route sort {tokens}", [layout], sorted_, lambda ids=ids, token=token: (ids, token),  # type: ignore[misc]
             pairs * 12, tolerance=0.0, graph=True,
@@ -105,9 +108,8 @@ def _prefill(options: Options, up: Tensor, down: Tensor, shared: tuple[Tensor, T
 
     def first(**tile: int) -> Tensor:
         one = cut(0, tile)
-        of = x if one.gather else rows(one.rows)
         return triton_prefill.product(
-            of, up, layout(one.rows), one, activation="relu2", gather=bool(one.gather), engine=_engine(one)
+            rows(one.rows), up, layout(one.rows), one, activation="relu2", engine=_engine(one)
         )
 
     def second(**tile: int) -> Tensor:

@@ -26,9 +26,11 @@ def main():
     for gated in (False, True):
         up, down = zeros(number, inner * (1 + gated), depth), zeros(number, depth, inner)
         kind = {"activation": "silu" if gated else "relu2"}
-        for rows in (1.0, 1000.0):
-            cuts = triton_prefill.cuts_for(x.dtype, rows, gated, HOPPER)
-            triton_prefill.experts(x, up, down, ids, weights, cuts=cuts, engine=HOPPER, **kind)
+        cuts = triton_prefill.cuts_for(x.dtype, 1000.0 if gated else 1.0, gated, HOPPER)
+        triton_prefill.experts(x, up, down, ids, weights, cuts=cuts, engine=HOPPER, **kind)
+        if HOPPER and not gated:
+            cuts = (triton_prefill.PARTED, triton_prefill.PARTED)
+            triton_prefill.experts(x, up, down, ids, weights, cuts=cuts, engine=True, **kind)
         shared = (zeros(2 * inner * (1 + gated), depth), zeros(depth, 2 * inner))
         triton_decode.experts(x[:1], up, down, ids[:1], weights[:1], shared=shared, early=HOPPER, **kind)
     triton_decode.mixture(

@@ -23,6 +23,7 @@ KERNELS = {
 """What each script must compile, on every chip."""
 ON_HOPPER = {
     "superlinear": {"span_attention_kernel", "_marked_tiles_kernel"},
+    "experts": {"grouped_kernel"},
     "mamba": {"_causal_conv_kernel", "_gated_norm_kernel", "_rmsnorm_kernel", "_finish_kernel"},
 }
 """And for Hopper alone."""

@@ -16,6 +16,8 @@ from longspan.kernels.experts.triton_prefill import Cut
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+CUT_OFF = 5e-5 if CUDA else 2e-6
+"""Float32 by tensor cores: three TF32 products, whose sums of 2,688 numbers are cut off, not rounded, 1,000 times."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 HALVES = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter's bfloat16 dot is wrong
 SIZES = [
@@ -25,16 +27,12 @@ SIZES = [
     (2, 4, 1, 16, 16, 16, "silu", True),
     (9, 3, 3, 24, 40, 0, "silu", True),
 ]
-CUTS = [
-    Cut(16, 16, 16, 4, 2),
-    Cut(16, 32, 16, 4, 2, programs=1, halves=True),
-    Cut(16, 16, 32, 4, 2, programs=1, gather=True),
-]
-STEPS = [triton_decode.Cut(32, 64, 4, 32, 64, 4)] if not CUDA else [None, triton_decode.Cut(4, 16, 4, 4, 16, 4)]
+CUTS = [Cut(16, 16, 16, 4, 2), Cut(16, 32, 32, 4, 2, programs=1)]
+STEPS = [triton_decode.Cut(32, 64, 4, 32, 64, 4)]
 """The interpreter's time goes by programs: few."""
 if CUDA:
     SIZES += [(500, 16, 6, 2688, 1856, 3712, "relu2", False), (300, 16, 4, 1024, 768, 0, "silu", True)]
-    CUTS += [Cut(128, 256, 64, 8, 3, programs=1), Cut(128, 256, 64, 8, 4, parted=True), Cut(64, 64, 64, 4, 3)]
+    CUTS += [Cut(128, 256, 64, 8, 3, programs=1), Cut(128, 128, 64, 8, 3, programs=1), Cut(64, 64, 64, 4, 3)]
 ROUTINGS = [
     (7, Routing(2)),
     (8, Routing(3, groups=4, top_groups=2, scale=2.5)),
@@ -77,9 +75,10 @@ def loop(x, up, down, ids, weights, activation, shared, residual):
     return out
 
 
-def close(found, wanted, dtype):
+def close(found, wanted, dtype, tolerance=None):
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    tolerance = tolerance or TOLERANCE[dtype]
+    torch.testing.assert_close(found.double(), wanted, atol=4 * tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
@@ -90,15 +89,18 @@ def test_every_version_equals_a_loop(size, dtype, monkeypatch):
     wanted = loop(*given, activation, **more)
     more["activation"] = activation
     close(reference.experts(*given, **more), wanted, dtype)
-    close(experts(*given, **more), wanted, dtype)
+    close(experts(*given, **more), wanted, dtype, CUT_OFF if dtype == torch.float32 else None)
     if dtype == torch.float64:
         return
     poisoned(monkeypatch)
     for cut, engine in itertools.product(CUTS, (False, True)):
         if dtype == torch.float32 and (engine or cut.rows * cut.columns > 4096):
             continue  # the copy engine brings halves alone; and such a tile has no room
-        close(triton_prefill.experts(*given, **more, cuts=(cut, cut), engine=engine), wanted, dtype)
-    for step in STEPS if CUDA or sizes[0] <= 2 else []:
+        if gated and cut.columns > 128:
+            continue  # nor has one of twice as many
+        found = triton_prefill.experts(*given, **more, cuts=(cut, cut), engine=engine)
+        close(found, wanted, dtype, CUT_OFF if dtype == torch.float32 else None)
+    for step in [None, *STEPS] if CUDA else STEPS if sizes[0] <= 2 else []:
         close(triton_decode.experts(*given, **more, cut=step), wanted, dtype)
 
 
@@ -164,13 +166,12 @@ def test_a_layout_has_every_pair_once(tokens, number, top, pad):
     layout = triton_kernels.Layout.of(ids, number, pad)
     place, used = layout.place.flatten().long(), int(layout.tiles)
     assert len(set(place.tolist())) == ids.numel() and int(place.max()) < used * pad <= layout.capacity
-    assert torch.equal(layout.row[place], torch.arange(tokens, device=DEVICE).repeat_interleave(top).int())
     assert torch.equal(layout.expert[place // pad], ids.flatten())
     counts = torch.bincount(ids.flatten().long(), minlength=number)
     assert used == int(((counts + pad - 1) // pad).sum()), "no tile more than there must be"
-    tokens_of = layout.row[place[ids.flatten().argsort(stable=True)]]
-    apart = ids.flatten()[ids.flatten().argsort(stable=True)]
-    assert ((tokens_of.diff() > 0) | (apart.diff() != 0)).all(), "rows of an expert are in the order of tokens"
+    order = ids.flatten().argsort(stable=True)
+    apart = ids.flatten()[order].diff() != 0
+    assert ((place[order].diff() == 1) | apart).all(), "an expert's rows follow each other in the order of tokens"
 
 
 def test_two_runs_are_equal_and_tokens_are_independent():

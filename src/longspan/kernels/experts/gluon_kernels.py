@@ -75,16 +75,19 @@ def _activated(b_x, RELU2: gl.constexpr, SILU: gl.constexpr):
 
 
 @gluon.jit
-def _write(out_rows, s_out, b_x, m, n, i_half, PARTS_BEFORE: gl.constexpr):
-    """Write the columns in parts; a part's place is free once what it held before is written."""
+def _write(out_rows, s_out, b_x, m, n, i_half, j):
+    """Write the columns in parts of 64, of which the first is this half's j-th.
+
+    Two places take turns: a part's is free once all parts but the last are written.
+    """
     WIDE: gl.constexpr = b_x.shape[1]
     if WIDE > 64:
         b_left, b_right = _halves(b_x)
-        _write(out_rows, s_out, b_left, m, n, i_half, PARTS_BEFORE)
-        _write(out_rows, s_out, b_right, m, n + WIDE // 2, i_half, PARTS_BEFORE + WIDE // 128)
+        _write(out_rows, s_out, b_left, m, n, i_half, j)
+        _write(out_rows, s_out, b_right, m, n + WIDE // 2, i_half, j + WIDE // 128)
     else:
-        place = s_out.index(2 * i_half + PARTS_BEFORE % 2)
         tma.store_wait(1)
+        place = s_out.index(2 * i_half + j % 2)
         place.store(b_x.to(out_rows.dtype))
         fence_async_shared()
         _write_rows(out_rows, [m, n], place)
@@ -92,10 +95,14 @@ def _write(out_rows, s_out, b_x, m, n, i_half, PARTS_BEFORE: gl.constexpr):
 
 @gluon.jit
 def _tile(
-    out_rows, s_x, s_w, s_out, full, free, i, i_half, K, m, n,
+    out_rows, s_x, s_w, s_out, full, free, i, j, i_half, K, m, n,
     WIDE: gl.constexpr, PARTS: gl.constexpr, RELU2: gl.constexpr, SILU: gl.constexpr,
 ):  # fmt: skip
-    """Multiply half of a tile's rows with WIDE columns from block i on, and write; return the next tile's block."""
+    """Multiply half of a tile's rows with WIDE columns, from block i on, and write them, from part j on.
+
+    Returns:
+        The next tile's first block and part.
+    """
     STAGES: gl.constexpr = s_w.shape[0]
     B_K: gl.constexpr = s_w.shape[2]
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDE, 16])
@@ -113,10 +120,10 @@ def _tile(
     mbarrier.arrive(free.index((i - 1) % STAGES), count=1)
     if PARTS == 2:
         b_one, b_other = _halves(b_out)
-        _write(out_rows, s_out, _activated(b_one, RELU2, SILU) * b_other, m, n, i_half, 0)
+        _write(out_rows, s_out, _activated(b_one, RELU2, SILU) * b_other, m, n, i_half, j)
     else:
-        _write(out_rows, s_out, _activated(b_out, RELU2, SILU), m, n, i_half, 0)
-    return i
+        _write(out_rows, s_out, _activated(b_out, RELU2, SILU), m, n, i_half, j)
+    return i, j + WIDE // PARTS // 64
 
 
 @gluon.jit
@@ -126,14 +133,14 @@ def _multiply(
 ):  # fmt: skip
     """Multiply half the rows of every tile."""
     WIDE: gl.constexpr = s_w.shape[1]
-    i = 0
+    i, j = 0, 0
     for i_tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         i_m, i_n = i_tile // columns, i_tile % columns
         m, n = i_m * 128 + i_half * 64, i_n * (WIDE // PARTS)
         if TAIL > 0 and i_n == columns - 1:
-            i = _tile(out_rows, s_x, s_w, s_out, full, free, i, i_half, K, m, n, TAIL, 1, RELU2, SILU)
+            i, j = _tile(out_rows, s_x, s_w, s_out, full, free, i, j, i_half, K, m, n, TAIL, 1, RELU2, SILU)
         else:
-            i = _tile(out_rows, s_x, s_w, s_out, full, free, i, i_half, K, m, n, WIDE, PARTS, RELU2, SILU)
+            i, j = _tile(out_rows, s_x, s_w, s_out, full, free, i, j, i_half, K, m, n, WIDE, PARTS, RELU2, SILU)
     tma.store_wait(0)
 
 

@@ -33,7 +33,7 @@ class Cut:
     `apart`: whether a kernel of its own chooses experts by logits, instead of every program.
     """
 
-    up_rows: int = 4
+    up_rows: int = 8
     up_columns: int = 4096
     up_warps: int = 4
     down_rows: int = 2
@@ -171,7 +171,8 @@ def experts(
         shared: as there.
         residual: as there.
         cut: how; None: the usual.
-        early: whether kernels start before the ones before them have ended; None: on Hopper.
+        early: whether kernels start before the ones before them have ended; weights must be older than these. None: on
+            Hopper.
     """
     chosen_by = (ids.contiguous(), weights.contiguous(), x, None, Routing(ids.shape[1]))
     return _experts(x, up, down, chosen_by, activation, shared, residual, cut, early)
@@ -213,7 +214,8 @@ def _experts(
     ids, weights, logits, bias, routing = chosen_by
     gated, inner = is_gated(up, down), down.shape[2]
     tokens, depth = x.shape
-    cut, early = cut or Cut(), hopper(x.device) if early is None else early
+    cut = cut or Cut(up_rows=4 if gated else 8)
+    early = hopper(x.device) if early is None else early
     x = x if x.stride(-1) == 1 else x.contiguous()
     shared_up, shared_down = shared or (up[0], down[0])
     besides = shared_down.shape[1] if shared else 0

@@ -172,10 +172,10 @@ def _offsets_kernel(
 
 @triton.jit
 def _place_kernel(
-    p_ids, p_first, p_place, p_row, pairs, top,
+    p_ids, p_first, p_place, pairs,
     E: tl.constexpr, B_E: tl.constexpr, PAIRS: tl.constexpr, B_P: tl.constexpr,
 ):  # fmt: skip
-    """Tell each pair the row it has, and each row its token."""
+    """Tell each pair the row it has."""
     i_block = tl.program_id(0)
     o_e, o_b = tl.arange(0, B_E), tl.arange(0, B_P)
     b_before = (o_b[None, :] < o_b[:, None]).to(tl.float16)  # [B_P, B_P]
@@ -189,23 +189,20 @@ def _place_kernel(
         b_place = tl.sum(tl.where(m_one, b_next[None, :] + b_rank, 0), 1)
         b_next += tl.sum(m_one.to(tl.int32), 0)
         tl.store(p_place + o_p, b_place, mask=m_p)
-        tl.store(p_row + b_place, o_p // top, mask=m_p)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Pairs of a token and an expert as rows, expert after expert.
+    """Pairs of a token and an expert as rows, expert after expert, each expert's in the order of tokens.
 
     Attributes:
         place: int32 `[T, top]`, the row of each pair.
-        row: int32 `[capacity]`, the token of each row; 0 for what pads an expert's rows to whole tiles.
         expert: int32 `[capacity / pad]`, the expert of each tile of `pad` rows.
         tiles: int32 `[1]`, the tiles that there are.
         pad: rows of a tile.
     """
 
     place: Tensor
-    row: Tensor
     expert: Tensor
     tiles: Tensor
     pad: int
@@ -213,7 +210,7 @@ class Layout:
     @property
     def capacity(self) -> int:
         """Rows that there may be at most, padding included."""
-        return self.row.shape[0]
+        return self.expert.shape[0] * self.pad
 
     @classmethod
     def of(cls, ids: Tensor, experts: int, pad: int) -> Layout:
@@ -224,7 +221,6 @@ class Layout:
         blocks = triton.cdiv(pairs, _PAIRS)
         counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
         place = torch.empty(ids.shape, dtype=torch.int32, device=device)
-        row = torch.zeros(most * pad, dtype=torch.int32, device=device)
         expert = torch.empty(most, dtype=torch.int32, device=device)
         tiles = torch.empty(1, dtype=torch.int32, device=device)
         block_e = max(16, triton.next_power_of_2(experts))
@@ -232,8 +228,8 @@ class Layout:
         sizes = {"E": experts, "B_E": block_e, "PAIRS": _PAIRS, "B_P": block}
         _count_kernel[(blocks,)](ids, counts, pairs, **sizes)
         _offsets_kernel[(1,)](counts, expert, tiles, blocks, most, E=experts, B_E=block_e, B_B=block, PAD=pad)
-        _place_kernel[(blocks,)](ids, counts, place, row, pairs, ids.shape[1], **sizes)
-        return cls(place, row, expert, tiles, pad)
+        _place_kernel[(blocks,)](ids, counts, place, pairs, **sizes)
+        return cls(place, expert, tiles, pad)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 Rows stand expert after expert, whole tiles each (`triton_kernels.Layout`), so a tile of the product has one expert and
 needs no masks. On Hopper its blocks are brought by the copy engine and the kernel is persistent: every multiprocessor
-takes one tile after the other, and the blocks of the next come while the last is written. The first product's rows are
-a copy of the tokens' in that order, or gathered as they are read; it ends with the activation. Sums are float32.
+takes one tile after the other, and the blocks of the next come while the last is written. The first product ends with
+the activation. Sums are float32.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ class Cut:
         warps: of a program.
         stages: of its loads.
         programs: a multiprocessor, each of which takes tile after tile; 0: one program a tile.
-        halves: whether a tile is written in two parts, which saves shared memory.
-        gather: whether the first product's rows are gathered as they are read, or copied before.
         parted: whether warps have parts of their own (`gluon_kernels`, which knows one tile), where the copy engine
             can be used.
     """
@@ -47,9 +45,11 @@ class Cut:
     warps: int
     stages: int
     programs: int = 0
-    halves: bool = False
-    gather: bool = False
     parted: bool = False
+
+
+PARTED = Cut(128, 256, 64, 8, 4, programs=1, parted=True)
+"""The tile of `gluon_kernels`: run as threads and compiled, not on a GPU yet, so that `cuts_for` does not choose it."""
 
 
 @triton.jit
@@ -67,15 +67,14 @@ def activated(b_x, b_other, RELU2: tl.constexpr, SILU: tl.constexpr, GATED: tl.c
 
 @triton.jit
 def _grouped_kernel(
-    p_x, p_w, p_out, p_row, p_expert, p_tiles, N, K, s_x, s_expert, s_w,
-    RELU2: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, GATHER: tl.constexpr, TMA: tl.constexpr,
-    B_M: tl.constexpr, B_N: tl.constexpr, B_K: tl.constexpr, PAD: tl.constexpr,
-    HALVES: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_w, p_out, p_expert, p_tiles, N, K, s_x, s_expert, s_w,
+    RELU2: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
+    B_M: tl.constexpr, B_N: tl.constexpr, B_K: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiply tiles of rows [B_M, K] with B_N columns of their expert's weights; gated: with as many of both parts.
 
-    By the copy engine (TMA) `p_w` describes weights [E, N, K] (gated [2 E, N, K]), `p_out` the output and `p_x`, unless
-    rows are gathered, the rows: what lies outside is 0, or not written. Without it rows and columns are masked.
+    By the copy engine (TMA) `p_x` describes the rows, `p_w` weights [E, N, K] (gated [2 E, N, K]), `p_out` the output;
+    what lies outside is 0, or not written. Without it columns are masked.
     """
     PARTS: tl.constexpr = 2 if GATED else 1
     columns = tl.cdiv(N, B_N)
@@ -90,20 +89,14 @@ def _grouped_kernel(
             m_w = (o_column < N)[None, :]
             o_row = (o_column + o_w // B_N * N).to(tl.int64)
             p_ws = p_w + i_expert.to(tl.int64) * s_expert + o_row[None, :] * s_w + o_k[:, None]
-        if GATHER:
-            b_row = tl.load(p_row + m + o_m).to(tl.int64)
-            p_xs = p_x + b_row[:, None] * s_x + o_k[None, :]
-        elif not TMA:
             p_xs = p_x + (m + o_m).to(tl.int64)[:, None] * s_x + o_k[None, :]
         b_out = tl.zeros([B_M, PARTS * B_N], tl.float32)
         for k in range(0, K, B_K):
-            if GATHER or not TMA:  # noqa: SIM108
-                b_x = tl.load(p_xs + k, mask=(k + o_k < K)[None, :], other=0.0)
-            else:
-                b_x = p_x.load([m, k])  # [B_M, B_K]
             if TMA:
+                b_x = p_x.load([m, k])  # [B_M, B_K]
                 b_w = p_w.load([i_expert * PARTS, n, k]).reshape(PARTS * B_N, B_K).T
             else:
+                b_x = tl.load(p_xs + k, mask=(k + o_k < K)[None, :], other=0.0)
                 b_w = tl.load(p_ws + k, mask=(k + o_k < K)[:, None] & m_w, other=0.0)  # [B_K, PARTS B_N]
             b_out = tl.dot(b_x, b_w, b_out, input_precision=PRECISION)
         if GATED:
@@ -111,11 +104,7 @@ def _grouped_kernel(
             b_out = activated(b_one, b_other, RELU2, SILU, True)
         else:
             b_out = activated(b_out, b_out, RELU2, SILU, False)
-        if TMA and HALVES:
-            b_left, b_right = b_out.reshape(B_M, 2, B_N // 2).permute(0, 2, 1).split()
-            p_out.store([m, n], b_left.to(p_out.dtype))
-            p_out.store([m, n + B_N // 2], b_right.to(p_out.dtype))
-        elif TMA:
+        if TMA:
             p_out.store([m, n], b_out.to(p_out.dtype))
         else:
             p_outs = p_out + (m + o_m).to(tl.int64)[:, None] * N + (n + o_n)[None, :]
@@ -124,18 +113,17 @@ def _grouped_kernel(
 
 def product(
     x: Tensor, weight: Tensor, layout: Layout, cut: Cut, *,
-    activation: str = "", gated: bool = False, gather: bool = False, engine: bool | None = None,
+    activation: str = "", gated: bool = False, engine: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the rows times their experts' weights, activated.
 
     Args:
-        x: `[capacity, K]`, rows in the layout's order; or `[T, K]`, gathered.
+        x: `[capacity, K]`, rows in the layout's order.
         weight: `[E, N, K]`; gated `[E, 2 N, K]`.
         layout: of the rows.
         cut: how.
         activation: `relu2`, `silu`, or none.
         gated: whether the first half of the columns is activated and multiplied with the second.
-        gather: whether x has tokens' rows.
         engine: whether Hopper's copy engine brings blocks; None: where it can.
 
     Returns:
@@ -149,9 +137,8 @@ def product(
     parts = weight.unflatten(1, (2, columns)) if gated else weight
     able = all(_copied(one) for one in (x, weight, out)) and (not gated or parts.stride(0) == 2 * parts.stride(1))
     engine = (hopper(x.device) if engine is None else engine) and able
-    halves = engine and cut.halves
     whole = weight.stride(0) == outs * weight.stride(1) and layout.pad == cut.rows
-    if engine and cut.parted and whole and not gather:
+    if engine and cut.parted and whole:
         from longspan.kernels.experts import gluon_kernels
 
         gluon_kernels.launch(
@@ -161,16 +148,16 @@ def product(
         return out
     p_x, p_w, p_out = x, weight, out
     if engine:
-        p_x = x if gather else _described(x, cut.rows, cut.depth)
+        p_x = _described(x, cut.rows, cut.depth)
         p_w = _described(parts.flatten(0, 1) if gated else weight, 1 + gated, cut.columns, cut.depth)
-        p_out = _described(out, cut.rows, cut.columns // 2 if halves else cut.columns)
+        p_out = _described(out, cut.rows, cut.columns)
     most = layout.capacity // cut.rows * triton.cdiv(columns, cut.columns)
     programs = min(most, cut.programs * _multiprocessors(x.device)) if cut.programs else most
     _grouped_kernel[(programs,)](
-        p_x, p_w, p_out, layout.row, layout.expert, layout.tiles,
+        p_x, p_w, p_out, layout.expert, layout.tiles,
         columns, depth, x.stride(0), weight.stride(0), weight.stride(1),
-        RELU2=activation == "relu2", SILU=activation == "silu", GATED=gated, GATHER=gather, TMA=engine,
-        B_M=cut.rows, B_N=cut.columns, B_K=cut.depth, PAD=layout.pad, HALVES=halves,
+        RELU2=activation == "relu2", SILU=activation == "silu", GATED=gated, TMA=engine,
+        B_M=cut.rows, B_N=cut.columns, B_K=cut.depth, PAD=layout.pad,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee", num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
@@ -198,8 +185,8 @@ def experts(
     gated, number = is_gated(up, down), up.shape[0]
     first, second = cuts or cuts_for(x.dtype, ids.numel() / number, gated, roomy(x.device))
     layout = Layout.of(ids, number, max(first.rows, second.rows))
-    rows = x if first.gather else spread(x, layout)
-    hidden = product(rows, up, layout, first, activation=activation, gated=gated, gather=first.gather, engine=engine)
+    rows = spread(x, layout)
+    hidden = product(rows, up, layout, first, activation=activation, gated=gated, engine=engine)
     del rows
     made = product(hidden, down, layout, second, engine=engine)
     del hidden

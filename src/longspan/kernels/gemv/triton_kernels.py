@@ -69,7 +69,8 @@ def gemv(
         residual: as there.
         out_dtype: as there.
         cut: how; None: as `cut_for` says.
-        early: whether the kernel starts before the one before it has ended; None: on Hopper.
+        early: whether the kernel starts before the one before it has ended; weights must be older than that. None: on
+            Hopper.
     """
     count, depth = x.shape
     outs = weight.shape[0]
@@ -93,4 +94,6 @@ def gemv(
 def cut_for(outs: int, depth: int, size: int) -> Cut:
     """Return the cut for `[outs, depth]` weights of `size` bytes each."""
     columns = 4096 if size <= 2 else 2048
-    return Cut(4 if outs >= 8192 else 2, columns, 4)
+    if outs < 1024:
+        return Cut(2, columns, 4)
+    return Cut(4, columns, 4 if outs >= 8192 else 8)  # 8 warps where programs are too few to fill the chip
