@@ -34,6 +34,7 @@ settings.share_cores()
 
 import torch  # noqa: E402
 
+from longspan.attention import parse  # noqa: E402
 from longspan.evals.arguments import dtype_of, guarded, say  # noqa: E402
 from longspan.evals.asking import rows, tables  # noqa: E402
 from longspan.evals.asking.asker import Reply, Tick  # noqa: E402
@@ -104,7 +105,8 @@ def parts(options: argparse.Namespace) -> list[Part]:
     """Return what is to be asked, in this order."""
     dense = Given(RULER, named(RULER, options.tasks), lengths_of(options.lengths), options.questions, options.seed)
     less = replace(dense, lengths=lengths_of(options.share_lengths), questions=options.share_questions)
-    specs = list(choosing()) if options.mechanisms == "all" else options.mechanisms.split()
+    asked = _MECHANISMS if options.mechanisms is None else options.mechanisms
+    specs = list(choosing()) if asked == "all" else asked.split()
     return [Part(dense, ["dense"], []), *(Part(less, [spec], options.shares.split(",")) for spec in specs)]
 
 
@@ -236,8 +238,16 @@ def _tell(found: list[Entry], seconds: float, limit: float) -> None:
 
 
 def result(options: argparse.Namespace) -> dict[str, Any]:
-    """Return environment, table and rows of all that was answered."""
-    made = tables.summary(list(rows.answered(entries(options)).values()))
+    """Return environment, table and rows of what was answered; with `--mechanisms`, of dense and these alone."""
+    found = list(rows.answered(entries(options)).values())
+    if options.mechanisms is not None:
+        wanted = {spec for part in parts(options) for way in part.specs for spec in (way, parse(way).describe())}
+        found = [entry for entry in found if entry.row["mechanism"] in wanted]
+    # In the order of tables, whichever worker came first.
+    order = list(RULER.tasks).index
+    found.sort(key=lambda entry: (entry.row["length"], order(entry.row["task"]), entry.row["question"]))
+    found.sort(key=lambda entry: entry.row["mechanism"] != "dense")
+    made = tables.summary(found)
     kept = [{name: value for name, value in row.items() if name not in _LEFT_OUT} for row in made.pop("rows")]
     runs = made.pop("runs")
     commands = " ; ".join(dict.fromkeys(each["command"] for each in runs))
@@ -279,7 +289,7 @@ def _options(told: list[str]) -> argparse.Namespace:
     made.add_argument("--tasks", default="all", help="of RULER, commas between; default: %(default)s")
     made.add_argument("--lengths", default="1K,2K,4K,8K", help="dense; default: %(default)s")
     made.add_argument("--questions", type=int, default=10, help="of each task and length, dense; default: %(default)s")
-    made.add_argument("--mechanisms", default=_MECHANISMS, help="specifications, spaces between, or all")
+    made.add_argument("--mechanisms", help=f"specifications, spaces between, or all; default: {_MECHANISMS}")
     made.add_argument("--shares", default="1/4", help="of the context's keys; default: %(default)s")
     made.add_argument("--share-lengths", default="4K,8K", help="for the mechanisms; default: %(default)s")
     made.add_argument("--share-questions", type=int, default=5, help="for the mechanisms; default: %(default)s")

@@ -126,11 +126,14 @@ def result(theirs: Path, ours: Path) -> dict[str, Any]:
 
 def _line(task: str, length: int, theirs: list[float], ours: list[float]) -> dict[str, Any]:
     means = {"independent": round(100 * statistics.mean(theirs), 1), "ours": round(100 * statistics.mean(ours), 1)}
-    # Where all scores of a side are one and the same, its variance is that of a further question that would not be.
-    spread = [
-        max(statistics.variance(each), 1 / len(each) * (1 - 1 / len(each))) / len(each) for each in (theirs, ours)
-    ]
+    spread = [_variance(each) / len(each) for each in (theirs, ours)]
     return _told(task, length, means, 100 * math.sqrt(sum(spread)), min(len(theirs), len(ours)))
+
+
+def _variance(scores: list[float]) -> float:
+    """Return the variance of a question's score; where all are alike, as if one more had been the other way."""
+    found = statistics.variance(scores)
+    return found or len(scores) / (len(scores) + 1) ** 2
 
 
 def _told(task: str, length: int, means: dict[str, float], error: float, count: int) -> dict[str, Any]:

@@ -94,11 +94,11 @@ def speed() -> str:
     return _markdown(head, rows) + f"\n{about}\n"
 
 
-def _rulers() -> dict[str, Any] | None:
-    """Return the committed result of `python -m benchmarks.ruler`, of several the last by name."""
-    files = sorted(RESULTS.glob("ruler-*.json"))
-    found: dict[str, Any] | None = json.loads(files[-1].read_text(encoding="utf-8")) if files else None
-    return found
+def _rulers(count: Callable[[list[dict[str, Any]]], int]) -> dict[str, Any] | None:
+    """Return the committed result of `python -m benchmarks.ruler` whose table has most of something, 0 being none."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("ruler-*.json"))]
+    best: dict[str, Any] | None = max(found, key=lambda result: count(result["table"]), default=None)
+    return best if best is not None and count(best["table"]) else None
 
 
 _NOTHING = "No result is committed yet.\n"
@@ -106,7 +106,7 @@ _NOTHING = "No result is committed yet.\n"
 
 def ruler() -> str:
     """RULER's tasks by length, attended to densely."""
-    result = _rulers()
+    result = _rulers(lambda table: sum(line["contender"] == "dense" for line in table))
     if result is None:
         return _NOTHING
     lines = [line for line in result["table"] if line["contender"] == "dense"]
@@ -115,12 +115,35 @@ def ruler() -> str:
 
 def ruler_mechanisms() -> str:
     """The average of RULER's tasks for each mechanism at its share of the keys, by length."""
-    result = _rulers()
+    result = _rulers(lambda table: len({line["contender"] for line in table} - {"dense"}))
     if result is None:
         return _NOTHING
-    lines = [line for line in result["table"] if line["task"] == "average"]
-    shares = {line["length"] for line in lines if line["contender"] != "dense"}
-    return _by_length([line for line in lines if line["length"] in shares], "contender")
+    shares = {line["length"] for line in result["table"] if line["contender"] != "dense"}
+    lines = [line for line in result["table"] if line["length"] in shares]
+    averages = [line for line in lines if line["task"] == "average"]
+    return _by_length(averages, "contender") + _ruler_about(result, lines)
+
+
+def ruler_agreement() -> str:
+    """Dense scores on our questions and on the independent generator's."""
+    files = sorted(RESULTS.glob("agreement-*.json"))
+    if not files:
+        return _NOTHING
+    result = json.loads(files[-1].read_text(encoding="utf-8"))
+    head = ["task", "tokens", "independent", "ours", "difference", "standard error"]
+    rows = [
+        [
+            f"`{line['task']}`",
+            f"{line['length'] / 1024:g}K",
+            *(f"{line[side]:.1f}" for side in ("independent", "ours")),
+            f"{line['difference']:+.1f}",
+            f"{line['error']:.1f}",
+        ]
+        for line in result["table"]
+    ]
+    return _markdown(head, rows) + (
+        f"\n{result['model']}, {result['dtype']}, {result['device']}, torch {result['torch']}; `{result['command']}`\n"
+    )
 
 
 def _by_length(lines: list[dict[str, Any]], key: str) -> str:
@@ -390,6 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compress": compress,
     "ruler": ruler,
     "ruler-mechanisms": ruler_mechanisms,
+    "ruler-agreement": ruler_agreement,
     "compress-best": compress_best,
     "survey": survey,
     "attention": attention,

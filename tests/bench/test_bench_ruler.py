@@ -109,13 +109,15 @@ def test_the_lead_starts_workers_and_makes_the_result(given, capsys, monkeypatch
         len(found["rows"]) == 4 and "answer" not in found["rows"][0] and found["command"].count("benchmarks.ruler") == 1
     )
     assert {line["contender"] for line in found["table"]} == {"dense", "streaming at 1/4", "quest:who=layer at 1/4"}
+    assert ruler.main(["--out", str(out), "--result", "--mechanisms", ""]) == 0
+    assert {line["contender"] for line in json.loads(capsys.readouterr().out)["table"]} == {"dense"}
 
 
 def test_the_tables_are_made_of_the_committed_result(monkeypatch, tmp_path):
     from benchmarks import tables
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.ruler() == tables.ruler_mechanisms() == "No result is committed yet.\n"
+    assert {tables.ruler(), tables.ruler_mechanisms(), tables.ruler_agreement()} == {"No result is committed yet.\n"}
     line = {"questions": 3, "low": 0, "high": 60.4, "score": 25}
     lines = [
         {"contender": "dense", "task": "vt", "length": 1024, **line},
@@ -126,6 +128,10 @@ def test_the_tables_are_made_of_the_committed_result(monkeypatch, tmp_path):
     ]
     about = {"model": "m", "dtype": "float32", "device": "d", "torch": "2", "command": "c"}
     (tmp_path / "ruler-x.json").write_text(json.dumps({**about, "table": lines}))
+    (tmp_path / "ruler-y.json").write_text(json.dumps({**about, "table": lines[:1]}))
     assert "| `vt` | 25.0 (0-60) |  |\n| `average` | 25.0 (0-60) | 25.0 (0-60) |\n" in tables.ruler()
     assert "3 to 3 questions" in tables.ruler() and "| contender | 4K |" in tables.ruler_mechanisms()
     assert "| `quest at 1/4` | 25.0 (0-60) |" in tables.ruler_mechanisms()
+    agreement = {"task": "vt", "length": 2048, "independent": 60.0, "ours": 20.0, "difference": 40.0, "error": 21.37}
+    (tmp_path / "agreement-x.json").write_text(json.dumps({**about, "table": [agreement]}))
+    assert "| `vt` | 2K | 60.0 | 20.0 | +40.0 | 21.4 |\n\nm, float32" in tables.ruler_agreement()

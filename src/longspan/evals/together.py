@@ -140,7 +140,8 @@ class _Together:
         scores = (grouped @ keys.mT).transpose(2, 3).flatten(3)  # [B, Hkv, G, N]
         scores = scores + rows.bias[..., : stop * _PART]
         weights = torch.softmax(scores, -1).unflatten(3, (stop, _PART)).transpose(2, 3)
-        return (weights @ values).sum(2).view(1, batch, heads, -1).transpose(1, 2).to(v.dtype)
+        out: Tensor = (weights @ values).sum(2)
+        return out.view(1, batch, heads, -1).transpose(1, 2).to(v.dtype)
 
 
 def _rows(context: KVContext, layer: int) -> list[tuple[Tensor, Tensor]]:
