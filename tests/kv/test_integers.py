@@ -14,17 +14,22 @@ from longspan.kv.pages import PagedKV, PagePool
 
 CPU = torch.device("cpu")
 NAMES = ("int8", "int4", "int3", "int2")
-UNLIKE = ["int2:keys=3,rotate=false", "int4:keys=8,rotate=false", "int8:keys=2,rotate=false"]
+UNLIKE = [
+    "int4:by=token,rotate=false",
+    "int2:keys=3,rotate=false",
+    "int4:keys=8,rotate=false",
+    "int8:keys=2,rotate=false",
+]
 PLAIN = [f"{name}:rotate=false,group={group}" for name in NAMES for group in (16, 32, 64)]
 LARGEST = torch.finfo(torch.bfloat16).max
 
 
-def grouped(x, what, size):
+def grouped(x, by_channel, size):
     """The groups of a page `[Hkv, n, PAGE, D]`, one by one, as lists of places."""
     heads, count, tokens, dim = x.shape
     for head in range(heads):
         for page in range(count):
-            if what == "k":
+            if by_channel:
                 for first in range(0, tokens, size):
                     for channel in range(dim):
                         yield [(head, page, token, channel) for token in range(first, first + size)]
@@ -48,7 +53,7 @@ def check_bound(made, x, what):
     """Half a step in every group, whose step is at most a hair larger than what its span needs."""
     back = through(made, x, what, torch.float64)
     levels = 2 ** (made.keys or made.bits if what == "k" else made.bits) - 1
-    for group in grouped(x, what, made.group):
+    for group in grouped(x, what == "k" and made.by == "channel", made.group):
         place = tuple(torch.tensor(axis) for axis in zip(*group, strict=True))
         numbers, found = x[place].double(), back[place]
         low, high = float(numbers.min()), float(numbers.max())
@@ -235,7 +240,10 @@ def test_specifications_say_what_they_make():
     assert (made.group, made.rotate, made.sinks, made.residual) == (64, False, 0, 128)
     assert formats.parse(made.describe()) == made and made.describe() == "int4:sinks=0,group=64,rotate=false"
     assert made.coding == formats.parse("int4:group=64,rotate=false,residual=7").coding
-    assert made.coding == "int4:group=64,rotate=false,keys=0" and formats.parse(made.coding).coding == made.coding
+    assert (
+        made.coding == "int4:group=64,rotate=false,keys=0,by=channel"
+        and formats.parse(made.coding).coding == made.coding
+    )
     assert formats.parse("int4") is formats.named("int4") and formats.named("int4").describe() == "int4"
     assert formats.format_of("int4:rotate=FALSE", torch.bfloat16).rotate is False
 
@@ -244,8 +252,12 @@ def test_specifications_say_what_they_make():
     "spec,told",
     [
         ("int5", "unknown KV format 'int5': use one of auto, fp32, .*int2"),
+        ("int4:by=page", "by=page of KV format 'int4' is unknown: use one of channel, token"),
         ("int4:keys=5", "keys=5 of KV format 'int4' is unknown: use one of 2, 3, 4, 8"),
-        ("int4:grup=3", r"KV format 'int4' has no option 'grup'; its options: group, keys, residual, rotate, sinks"),
+        (
+            "int4:grup=3",
+            r"KV format 'int4' has no option 'grup'; its options: by, group, keys, residual, rotate, sinks",
+        ),
         ("int4:group=33", "group=33 of KV format 'int4' is unknown: use one of 16, 32, 64"),
         ("int4:group", "written name=value"),
         ("int4:group=32,group=64", "given twice"),

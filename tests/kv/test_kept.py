@@ -343,6 +343,79 @@ def test_a_smaller_format_does_not_round_again_whenever_rows_move(monkeypatch, a
     assert 1 / 20 < worst <= 1 / 17 if again else worst > 1 / 9, "fp8 as it is would not do"
 
 
+def moved(one, k, times):
+    """Leave a row out and settle, so many times; returns the rows that are left, in full pages, and what they were."""
+    (group,) = one.groups
+    for step in range(times):
+        gap = step % 5
+        kept = torch.cat([torch.arange(gap), torch.arange(gap + 1, group.held)]).expand(HEADS, -1)
+        one.keep([kept], settle=True)
+        one.settle()
+    full = group.held // PAGE * PAGE
+    return group, group.pages.keys(0, full)[0], k[0][:, group.positions()[0, :full]]
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "int2", "int2:keys=3"])
+def test_what_was_read_is_rounded_once_however_often_it_is_evicted_before_it_is_settled(kv_format):
+    k, v = tokens(6 * PAGE)
+    often, once = (layer(kv_format=kv_format) for _ in range(2))
+    for one in (often, once):
+        one.append(k, v)
+        one.commit()
+    (group,) = often.groups
+    for step in range(30):
+        gap = step % 7
+        often.keep([torch.cat([torch.arange(gap), torch.arange(gap + 1, group.held)]).expand(HEADS, -1)])
+    assert torch.equal(group.pages.keys(0, group.held)[0], k[0][:, group.positions()[0]]), "exact until it is settled"
+    once.keep([group.positions()])
+    for one in (often, once):
+        one.settle()
+    for what in ("keys", "values"):
+        found = [getattr(one.groups[0].pages, what)(0, group.held) for one in (often, once)]
+        assert torch.equal(*found)
+    assert often.page_bytes == once.page_bytes < layer_bytes(group.held)
+
+
+def layer_bytes(rows):
+    exact = layer()
+    exact.append(*tokens(rows))
+    return exact.page_bytes
+
+
+@pytest.mark.parametrize(
+    "kv_format", ["int8:by=token", "int4:by=token,residual=0,sinks=0", "int2:by=token,residual=0,sinks=0"]
+)
+def test_rows_that_were_settled_keep_their_numbers_wherever_they_move(kv_format):
+    k, v = tokens(6 * PAGE)
+    few, many = (layer(kv_format=kv_format) for _ in range(2))
+    for one in (few, many):
+        one.append(k, v)
+        one.commit()
+        one.settle()
+    group, first, _ = moved(few, k, 5)
+    (again, last, _) = moved(many, k, 40)
+    shared = {token: i for i, token in enumerate(group.positions()[0].tolist()[: first.shape[1]])}
+    tokens_left = again.positions()[0].tolist()[: last.shape[1]]
+    rows = [(i, shared[token]) for i, token in enumerate(tokens_left) if token in shared]
+    assert len(rows) > 4 * PAGE
+    mine, theirs = (torch.tensor(each) for each in zip(*rows, strict=True))
+    assert torch.equal(last[:, mine], first[:, theirs])
+
+
+def test_grouped_by_channel_keys_are_rounded_anew_where_they_move_and_values_are_not():
+    k, v = tokens(6 * PAGE)
+    one = layer(kv_format="int4:residual=0,sinks=0")
+    one.append(k, v)
+    one.commit()
+    one.settle()
+    before = {what: getattr(one.groups[0].pages, what)(0, 6 * PAGE)[0] for what in ("keys", "values")}
+    group, keys, wanted = moved(one, k, 40)
+    at = group.positions()[0, : keys.shape[1]]
+    assert torch.equal(group.pages.values(0, len(at))[0], before["values"][:, at])
+    once, often = (float((x - wanted).norm()) for x in (before["keys"][:, at], keys))
+    assert 1.2 * once < often
+
+
 def test_fp8_in_powers_of_two_keeps_its_bound():
     gen = torch.Generator().manual_seed(3)
     x = torch.randn(2, 5, PAGE, 4, generator=gen) * torch.logspace(-30, 30, 5).view(1, -1, 1, 1)

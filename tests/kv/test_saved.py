@@ -125,8 +125,8 @@ def test_copies_in_every_format_come_back_and_name_what_their_codes_mean():
     saved = kv.tensors("")
     assert {
         "host.pages",
-        "host.int8:group=64,rotate=true,keys=0.pages",
-        "int2:group=32,rotate=true,keys=0.pages",
+        "host.int8:group=64,rotate=true,keys=0,by=channel.pages",
+        "int2:group=32,rotate=true,keys=0,by=channel.pages",
     } < set(saved)
     other.restore("", LENGTH, saved)
     assert [other.resolution(page) for page in range(7)] == [kv.resolution(page) for page in range(7)]

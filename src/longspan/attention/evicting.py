@@ -195,7 +195,7 @@ class Evicting(Mechanism):
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     @torch.no_grad()
-    def evict(self, kv: KeptKV, keep: int, most: int | None = None, unit: int = 1) -> None:
+    def evict(self, kv: KeptKV, keep: int, most: int | None = None, unit: int = 1, *, settle: bool = False) -> None:
         """Keep so many rows a head (on average, where shares differ), if more are held in all or by one.
 
         Args:
@@ -203,6 +203,7 @@ class Evicting(Mechanism):
             keep: rows, at least `least`.
             most: rows that one head may keep at most.
             unit: rows that a head keeps a multiple of, where shares differ.
+            settle: whether what is kept is written down in the pages' format (see `KeptKV.settle`).
 
         Raises:
             PoolExhaustedError: a fork shares pages, and the budget has no room for others.
@@ -218,7 +219,8 @@ class Evicting(Mechanism):
                 safeguard=self.safeguard if self.heads == "adaptive" else None,
                 most=most,
                 unit=unit,
-            )
+            ),
+            settle=settle,
         )
         if not self.every and not self.per_question:
             # What queries said of the rows was for this eviction; a later document brings queries of its own.

@@ -135,7 +135,7 @@ class KeptLayers:
         """Evict after all was read; arguments and errors as for `make_room`."""
         rows = self._rows_left(chunk)
         for kv in self.layers:
-            self._evict(kv, length, 0, rows, chunk)
+            self._evict(kv, length, 0, rows, chunk, self.settles)
         self._settle()
 
     def shrink(self, length: int, nbytes: int) -> None:
@@ -153,7 +153,7 @@ class KeptLayers:
             raise UsageError(f"{size(nbytes)} do not hold a page of keys of every layer: allow more")
         for kv, keep in zip(self.layers, rows, strict=True):
             if kv.total > keep * kv.kv_heads:
-                self.mechanism.within(keep, length).evict(kv, keep, unit=PAGE)
+                self.mechanism.within(keep, length).evict(kv, keep, unit=PAGE, settle=self.settles)
         self._settle()
 
     def asked(self, count: int, length: int) -> KeptLayers:
@@ -226,7 +226,7 @@ class KeptLayers:
         full = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
         return full or kv.held + new > self.model.dimensions.window - self.spare
 
-    def _evict(self, kv: KeptKV, length: int, new: int, rows: int | None, chunk: int) -> None:
+    def _evict(self, kv: KeptKV, length: int, new: int, rows: int | None, chunk: int, settle: bool = False) -> None:
         """Evict down to what the mechanism keeps, or to as much of it as leaves room for a chunk."""
         window, mechanism = self.model.dimensions.window, self.mechanism
         # Beyond the trained length a quarter of it is left for questions and answers, which follow the rows.
@@ -248,7 +248,7 @@ class KeptLayers:
             )
         if keep < wanted:
             mechanism = mechanism.within(keep, length)
-        mechanism.evict(kv, keep, most)
+        mechanism.evict(kv, keep, most, settle=settle)
 
 
 @dataclass(frozen=True)

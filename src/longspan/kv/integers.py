@@ -15,6 +15,9 @@ rotary embedding comes between a kept key and the query, so that neither could s
 gained nothing there (docs/kv_formats.md). Keys may have more bits than values (`keys`): at the same bytes that loses
 less than the same bits for both.
 
+Rows that eviction moves to other pages fall into other groups of a channel's numbers, and their keys are rounded anew,
+unless keys too are grouped by token (`by=token`): what shares its steps with no other row is moved as it is.
+
 Numbers of 2 and 4 bits share bytes, neighbouring channels from the low bits up. Of 3 bits, the two low ones of all
 channels come first, in the same way, then the high ones.
 
@@ -38,6 +41,7 @@ from longspan.kv.encodings import Format
 
 _LARGEST = torch.finfo(torch.bfloat16).max
 _GROUPS = (16, 32, 64)
+_BY = ("channel", "token")
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """How many bits of each number are packed together, the low ones first."""
 
@@ -54,6 +58,9 @@ class Integers(Format):
     """Whether the channels of a key are mixed before it is quantised."""
     keys: int = 0
     """Bits of one number of a key; 0: as many as of a value."""
+    by: str = "channel"
+    """What shares a step of keys: neighbouring tokens of a `channel`, or neighbouring channels of a `token`, which
+    loses more at once but nothing more when rows move to other pages."""
 
     code_dtype: ClassVar[torch.dtype] = torch.uint8
     scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
@@ -69,6 +76,12 @@ class Integers(Format):
             allowed = ", ".join(map(str, _PARTS))
             raise UsageError(f"keys={self.keys} of KV format {self.name!r} is unknown: use one of {allowed}")
 
+        if self.by not in _BY:
+            raise UsageError(f"by={self.by} of KV format {self.name!r} is unknown: use one of {', '.join(_BY)}")
+
+    def _by_channel(self, what: str) -> bool:
+        return what == "k" and self.by == "channel"
+
     def bits_of(self, what: str) -> int:
         """Return the bits of one number of `k` or `v`."""
         return self.keys if what == "k" and self.keys else self.bits
@@ -83,12 +96,12 @@ class Integers(Format):
 
     def scale_shape(self, what: str, dim: int) -> tuple[int, int]:
         """See `Format`: steps, then centres."""
-        return (PAGE // self.group, 2 * dim) if what == "k" else (PAGE, 2 * -(-dim // self.group))
+        return (PAGE // self.group, 2 * dim) if self._by_channel(what) else (PAGE, 2 * -(-dim // self.group))
 
     def encode(self, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """See `Format`."""
         x, dim = self._bounded(x, what), x.shape[-1]
-        if what == "k":
+        if by_channel := self._by_channel(what):
             groups = x.unflatten(2, (-1, self.group)).transpose(3, 4)  # [Hkv, n, R, D, group]
         else:
             # Copies of the last number fill the last group up: they change neither its least nor its greatest.
@@ -98,7 +111,7 @@ class Integers(Format):
         levels = self.levels(what)
         step, centre = self._fit(groups, levels)
         codes = _codes(groups, step, centre, levels).nan_to_num(0.0).to(torch.uint8)
-        codes = codes.transpose(3, 4).flatten(2, 3) if what == "k" else codes.flatten(3)[..., :dim]
+        codes = codes.transpose(3, 4).flatten(2, 3) if by_channel else codes.flatten(3)[..., :dim]
         scales = torch.cat([step, centre], -2).squeeze(-1).to(self.scale_dtype)
         return _pack(codes, self.bits_of(what)), scales
 
@@ -112,7 +125,7 @@ class Integers(Format):
         if codes.shape[:-1] != scales.shape[:-1]:  # whole pages, and several tokens to a row of scales
             groups = groups.unflatten(-2, (scales.shape[-2], -1))
             step, base = step.unsqueeze(-2), base.unsqueeze(-2)
-        if what == "v":
+        if not self._by_channel(what):
             if dim % self.group:
                 step, base = (part.repeat_interleave(self.group, -1)[..., :dim] for part in (step, base))
             else:

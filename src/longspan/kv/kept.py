@@ -220,8 +220,10 @@ class KeptKV:
     def drop(self, start: int, stop: int) -> None:
         """Do nothing: what is no longer read was evicted."""
 
-    def keep(self, indexes: Sequence[Tensor]) -> None:
+    def keep(self, indexes: Sequence[Tensor], *, settle: bool = False) -> None:
         """Keep these rows, int64 `[heads, n]` ascending a group, and evict the others. All tokens must be committed.
+
+        `settle`: whether pages are written down in the format at once. Rows that were before go from codes to codes.
 
         Raises:
             PoolExhaustedError: a fork shares pages, and the budget has no room for others. Groups before the one that
@@ -230,7 +232,7 @@ class KeptKV:
         assert self._committed == self.length, "only committed tokens are evicted"
         with Undisturbed():
             for group, index in zip(self.groups, indexes, strict=True):
-                group.keep(index, write_down=self._at_once)
+                group.keep(index, write_down=self._at_once or settle)
 
     def move_down(self, rows: int) -> None:
         """Leave so many of each head's newest rows on the device, in whole pages; the others lie below from now on.

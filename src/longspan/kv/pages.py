@@ -25,7 +25,7 @@ from longspan.kv.base import PAGE
 from longspan.kv.blocks import BlockSummaries
 from longspan.kv.budget import Budget
 from longspan.kv.mirror import Mirror
-from longspan.kv.planes import Plane
+from longspan.kv.planes import Codes, Plane
 from longspan.kv.pool import SUMMARY, PagePool
 from longspan.kv.resolving import PageResolver
 from longspan.kv.rotary import Rotary
@@ -116,13 +116,16 @@ class PagedKV(PageResolver):
         self._write(k, v, before)
         self._length = after
 
-    def replace(self, start: int, k: Tensor, v: Tensor, *, write_down: bool = True) -> None:
+    def replace(
+        self, start: int, k: Tensor, v: Tensor, codes: Mapping[str, Codes] | None = None, *, write_down: bool = True
+    ) -> None:
         """Hold other tokens from `start` on, where a page begins. All must be committed, and the new ones are.
 
         Args:
             start: token.
             k: unrotated keys `[1, Hkv, n, D]`.
             v: values `[1, Hkv, n, Dv]`.
+            codes: of k and v, where rows were written down already (`gather_codes`): they are not rounded again.
             write_down: as for `commit`.
 
         Raises:
@@ -142,7 +145,8 @@ class PagedKV(PageResolver):
         begin, end = (old.start * PAGE - start, old.stop * PAGE - start) if old else (k.shape[2], k.shape[2])
         self.append(k[:, :, :begin], v[:, :, :begin])
         if old:
-            self._add_encoded(k[0, :, begin:end], v[0, :, begin:end])
+            known = {what: each.part(begin, end) for what, each in (codes or {}).items()}
+            self._add_encoded(k[0, :, begin:end], v[0, :, begin:end], known)
         self.append(k[:, :, end:], v[:, :, end:])
         self.commit(write_down=write_down)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,6 +133,22 @@ class Plane:
         self._aside[0] = self.nbytes
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Rows of `k` or `v` as a plane's format holds them, where a row's codes mean the same in every page."""
+
+    held: Tensor
+    """Which of them it holds, bool `[Hkv, n]`; what the others are here means nothing."""
+    codes: Tensor
+    """`[Hkv, n, C]`."""
+    scales: Tensor
+    """`[Hkv, n, S]`."""
+
+    def part(self, start: int, stop: int) -> Codes:
+        """Return the rows `start .. stop - 1`."""
+        return Codes(self.held[:, start:stop], self.codes[:, start:stop], self.scales[:, start:stop])
+
+
 class PagePlane(Plane):
     """Pages of keys `k` and values `v` in one format, with their scales."""
 
@@ -161,6 +178,22 @@ class PagePlane(Plane):
         codes, scales = self.format.encode(pages, what)
         self.tensors[what][:, slots] = codes.to(self.tensors[what].device)
         self.tensors[f"{what}_scale"][:, slots] = scales.to(self.tensors[what].device)
+
+    def moves(self, what: str) -> bool:
+        """Return whether a row of `k` or `v` shares its scales with no other, so that its codes can be moved."""
+        return self.tensors[f"{what}_scale"].shape[2] == PAGE
+
+    def put(self, slots: list[int], what: str, given: Codes) -> None:
+        """Take rows of whole pages as they are, where they are held; the others stay."""
+        held = given.held.unflatten(1, (-1, PAGE)).unsqueeze(-1)
+        for name, rows in ((what, given.codes), (f"{what}_scale", given.scales)):
+            tensor = self.tensors[name]
+            tensor[:, slots] = torch.where(held, rows.unflatten(1, (-1, PAGE)), tensor[:, slots])
+
+    def codes(self, head: Tensor, slot: Tensor, offset: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """Return the codes and scales of single tokens; arguments as for `rows`, of any one shape."""
+        row = (head * self.slots + slot) * PAGE + offset
+        return self.tensors[what].flatten(0, 2)[row], self.tensors[f"{what}_scale"].flatten(0, 2)[row]
 
     def read(self, slots: slice | Tensor, what: str, dtype: torch.dtype) -> Tensor:
         """Return pages of `k` or `v` `[Hkv, n, PAGE, D]`; a view where slots are a slice and nothing is decoded."""

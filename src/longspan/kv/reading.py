@@ -18,7 +18,7 @@ from longspan.kv.blocks import BlockSummaries
 from longspan.kv.budget import Budget
 from longspan.kv.encodings import Float8
 from longspan.kv.mirror import Mirror
-from longspan.kv.planes import SHIFT, SLOT
+from longspan.kv.planes import SHIFT, SLOT, Codes
 from longspan.kv.pool import PagePool
 from longspan.kv.rotary import Rotary
 from longspan.kv.tables import DROPPED, SlotTable
@@ -107,6 +107,23 @@ class PageReader(LayerKV):
             return _rows(self.mirror.held[0], index[0]).unsqueeze(0), v
         k = self._gather("k", index[0]).unsqueeze(0)
         return (self.rotary(k, index) if rotated and self.rotary is not None else k), v
+
+    def gather_codes(self, index: Tensor) -> dict[str, Codes]:
+        """Return the rows in `index`, int64 `[Hkv, F]`, as the pool's format holds them, by `k` and `v`.
+
+        Left out is what can't be moved to another page as it is, and everything where no page is in that format.
+        """
+        pool = self.pool
+        plane = pool.plane(pool.format.name)
+        handle = self.pages.tensor(pool.device)[index // PAGE]
+        held = handle >> SHIFT == plane.number
+        if plane is pool.native or not bool(held.any()):
+            return {}
+        head = torch.arange(pool.kv_heads, device=pool.device).unsqueeze(1).expand_as(index)
+        slot = (handle & SLOT).where(held, torch.zeros_like(handle))
+        return {
+            what: Codes(held, *plane.codes(head, slot, index % PAGE, what)) for what in ("k", "v") if plane.moves(what)
+        }
 
     def gather_blocks(self, blocks: Tensor, size: int, *, rotated: bool) -> tuple[Tensor, Tensor]:
         """See `LayerKV`; a block is one row of memory where pages are held as they came."""

@@ -190,10 +190,11 @@ class KeptRows:
         moved = (index != torch.arange(kept, device=index.device)).any(0)
         start = (int(moved.int().argmax()) if bool(moved.any()) else kept) // PAGE * PAGE
         k, v = self.pages.gather(index[:, start:].unsqueeze(0), rotated=False)
+        codes = self.pages.gather_codes(index[:, start:]) if write_down else {}
         positions, learned = self.positions().gather(1, index), self.learned.kept(index, self.held)
         length = self.length
         with Undisturbed():
-            self.pages.replace(start, k, v, write_down=write_down)
+            self.pages.replace(start, k, v, codes, write_down=write_down)
             self._kept, self._evicted_at, self.learned = positions.int(), length, learned
             self._forget(start)
             self.commit(write_down=write_down)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longspan.errors import PoolExhaustedError
 from longspan.kv.base import PAGE
-from longspan.kv.planes import PagePlane, Plane
+from longspan.kv.planes import Codes, PagePlane, Plane
 from longspan.kv.reading import PageReader
 from longspan.kv.records import RecordPlane
 from longspan.kv.tables import DROPPED, NATIVE
@@ -156,8 +156,8 @@ class PageWriter(PageReader):
             self.pages.put(page, plane.handle(slot))
         self.mirror.clear()
 
-    def _add_encoded(self, k: Tensor, v: Tensor) -> None:
-        """Add whole pages at once, k `[Hkv, n, D]`, in the pool's format."""
+    def _add_encoded(self, k: Tensor, v: Tensor, codes: Mapping[str, Codes]) -> None:
+        """Add whole pages at once, k `[Hkv, n, D]`, in the pool's format; `codes`: see `PagedKV.replace`."""
         target, pages = self.pool.plane(self.pool.format.name), k.shape[1] // PAGE
         marks = pages if self.blocks.kept else 0
         self._charge({target: pages, self.pool.marks: marks}, ())
@@ -168,6 +168,8 @@ class PageWriter(PageReader):
         slots = target.take(pages)
         for what, rows in (("k", k), ("v", v)):
             target.write(slots, what, rows.unflatten(1, (pages, PAGE)))
+            if what in codes:
+                target.put(slots, what, codes[what])
         for slot in slots:
             self.pages.append(target.handle(slot))
         self._length += pages * PAGE
