@@ -62,8 +62,8 @@ def test_a_session_quantised_otherwise_is_refused(make_llm, places, text, other)
 @pytest.mark.parametrize(
     "kv,error,told",
     [
-        ("int3", UnknownNameError, "int8, int4, int2"),
-        ("int4:grup=32", UnknownNameError, "group, residual, rotate, sinks"),
+        ("int5", UnknownNameError, "int8, int4, int3, int2"),
+        ("int4:grup=32", UnknownNameError, "by, group, keys, residual, rotate, sinks"),
         ("int4:group=20", UsageError, "16, 32, 64"),
     ],
 )

@@ -86,8 +86,8 @@ def test_a_session_that_is_full_is_refused_and_others_read_on(tiny):
 
 
 def test_bad_formats_and_budgets_are_refused(tiny):
-    with pytest.raises(UnknownNameError, match=r"int3.*fp8"):
-        new(tiny, kv_format="int3")
+    with pytest.raises(UnknownNameError, match=r"int5.*fp8"):
+        new(tiny, kv_format="int5")
     with pytest.raises(UsageError, match="does not suit"):
         new(tiny, kv_format="fp64")
     page = sum(kv.pool.least_bytes for kv in new(tiny).layers)
