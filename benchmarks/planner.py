@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from longspan.attention import names
 from longspan.evals.statistics import interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,24 +58,29 @@ def models() -> Iterator[dict[str, Any]]:
 
 
 def model_row(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the planner takes of one row of `longspan bench model`; None: it says nothing of ours."""
+    """Return what the planner takes of one row of `longspan bench model`; None: it says nothing of ours.
+
+    Of figures that are medians with their quartiles the medians count.
+    """
+    of = {**result, **result.get("of", {}), **row}
     found = {
-        "device": row.get("device", result["device"]),
-        "threads": result.get("threads"),
-        "model": row.get("model", result.get("model") or "smollm2"),
-        "dtype": row.get("dtype", result.get("dtype", "float32")),
+        "device": of["device"],
+        "threads": of.get("threads"),
+        "model": of.get("model") or "smollm2",
+        "dtype": str(of.get("dtype", "float32")).removeprefix("torch."),
         "mechanism": row.get("mechanism", row.get("attention")),
         "prefill": row.get("prefill"),
         "length": row.get("length", row.get("context")),
-        "chunk": row.get("chunk", result.get("chunk")),
+        "chunk": row.get("chunk"),
     }
     for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
         if (value := row.get(name)) is not None:
-            found[name] = value["median"] if isinstance(value, dict) else value
-    for name in ("peak_bytes", "peak_memory_bytes", "peak"):
-        if isinstance(row.get(name), (int, float)):
-            found["peak_bytes"] = row[name]
-    if found["mechanism"] is None or found["length"] is None or "prefill_tokens_per_s" not in found:
+            found[name] = value[0] if isinstance(value, list) else value
+    memory = row.get("memory")
+    if isinstance(memory, dict) and memory.get("peak"):
+        found["peak_bytes"] = memory["peak"]
+    ours = str(found["mechanism"]).partition(":")[0] in names()
+    if not ours or found["length"] is None or "prefill_tokens_per_s" not in found:
         return None
     return {key: value for key, value in found.items() if value is not None}
 

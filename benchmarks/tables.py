@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plan_tables
 from longspan.attention import mechanisms
 from longspan.bench.attention import report
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = "attention-*.json"
 """Results of `longspan bench attention`, one a device and kind of inputs; each has a picture of its name."""
-FILES = ("README.md", "README.ru.md", "docs/results.md", "docs/compression.md")
+FILES = ("README.md", "README.ru.md", "docs/results.md", "docs/compression.md", "docs/planning.md")
 _PLACE = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -419,6 +420,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-speed": attention_speed,
     "attention-reached": attention_reached,
+    **plan_tables.TABLES,
 }
 
 

@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import planner as made  # noqa: E402
+from benchmarks.plan_tables import work_of  # noqa: E402
 
-from longspan.planner import devices, formats, measured, parallel, times  # noqa: E402
+from longspan.planner import devices, measured, parallel, times  # noqa: E402
 from longspan.planner.measured import Range, Source, plus, summary  # noqa: E402
-from longspan.planner.memory import CHUNK, GPU_CHUNK, memory  # noqa: E402
+from longspan.planner.memory import GPU_CHUNK, memory  # noqa: E402
 from longspan.planner.model import Attention, Layer, Model  # noqa: E402
 from longspan.planner.parallel import PLACEMENTS, Ranks  # noqa: E402
 from longspan.planner.reading import model  # noqa: E402
@@ -22,20 +23,6 @@ from longspan.planner.times import Work  # noqa: E402
 
 ROWS = list(made.models())
 IDS = [f"{Path(row['file']).stem}-{row['row']}" for row in ROWS]
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def work_of(row):
-    device = devices.of(row["device"])
-    if not device.gpu:
-        one = devices.device("cpu")
-        share = {kind: rate / one.cores for kind, rate in one.flops.items()}
-        one = devices.replace(one, bandwidth=one.bandwidth / one.cores, flops=share)
-        device = devices.of_cores(one, row.get("threads", 2), one.memory)
-    weights = DTYPES[row["dtype"]]
-    chunk = row.get("chunk") or (GPU_CHUNK if device.gpu else CHUNK)
-    of = model(times.named(row["model"]))
-    return Work(of, row["length"], row["mechanism"], weights, formats.kv("auto", weights), 1, device, chunk)
 
 
 def test_what_the_package_knows_is_what_is_committed():
@@ -128,15 +115,18 @@ def test_one_gpu_takes_as_long_as_was_measured(n, seconds):
     assert found.low <= seconds <= found.high
 
 
-def test_rows_of_other_forms_are_read():
-    """Whatever `longspan bench model` names its fields."""
-    about = {"device": "NVIDIA H200", "threads": 16, "model": "nemotron-3-nano-30b", "dtype": "bfloat16"}
-    row = {"attention": "superlinear", "context": 65536, "prefill_tokens_per_s": {"median": 40000.0, "low": 1},
-           "decode_tokens_per_s": 150.0, "peak_bytes": 7e10}  # fmt: skip
+def test_rows_of_long_contexts_are_read():
+    """As `longspan bench model --context` writes them: medians with quartiles, bytes by kind, the model beside rows."""
+    about = {"device": "NVIDIA H200", "threads": 16, "of": {"model": "nemotron-3-nano-30b", "dtype": "bfloat16"}}
+    row = {"attention": "superlinear", "context": 65536, "prefill_tokens_per_s": 40000.0, "chunk": 32768,
+           "decode_tokens_per_s": [150.0, 149.0, 151.0], "memory": {"weights": 1, "peak": 70_000_000_000}}  # fmt: skip
     found = made.model_row(about, row)
-    assert found["mechanism"] == "superlinear" and found["length"] == 65536
-    assert found["prefill_tokens_per_s"] == 40000.0 and found["peak_bytes"] == 7e10
-    assert made.model_row(about, {"note": "nothing of ours"}) is None
+    assert found["model"] == "nemotron-3-nano-30b" and found["dtype"] == "bfloat16"
+    assert found["mechanism"] == "superlinear" and found["length"] == 65536 and found["chunk"] == 32768
+    assert found["prefill_tokens_per_s"] == 40000.0 and found["decode_tokens_per_s"] == 150.0
+    assert found["peak_bytes"] == 70_000_000_000
+    assert made.model_row(about, {**row, "attention": "transformers"}) is None, "a peer's"
+    assert made.model_row(about, {"attention": "dense", "context": 10**7, "left_out": "too long"}) is None
 
 
 def test_a_row_of_a_gpu_narrows_its_plans(monkeypatch):

@@ -78,6 +78,13 @@ def devices() -> dict[str, Device]:
     return found
 
 
+def one_core() -> Device:
+    """Return what one core of a CPU is taken for."""
+    cpu = devices()["cpu"]
+    share = {kind: rate / cpu.cores for kind, rate in cpu.flops.items()}
+    return replace(cpu, bandwidth=cpu.bandwidth / cpu.cores, flops=share, cores=1)
+
+
 def of_cores(one: Device, cores: int, memory: int) -> Device:
     """Return a CPU of so many cores, given what one of them does."""
     return replace(

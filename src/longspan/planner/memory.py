@@ -7,6 +7,7 @@ devices, but for what their libraries take.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,10 +22,9 @@ CHUNK, GPU_CHUNK = 512, 2048
 """Tokens that are read at once: the engine's own (`engine/contexts.py`), which can't be imported without torch."""
 RUNTIME, GPU_RUNTIME = 400_000_000, 600_000_000
 """Bytes that libraries take before any model is loaded: Python and torch; a CUDA context and cuBLAS."""
-_CHECKPOINTS = 0.25
-"""States are checkpointed so that they take at most this share of what pages take (docs/architecture.md)."""
-_WIDTH = 0.6
-"""Share of a layer's inner numbers that are held at once, while it computes."""
+_CHECKPOINTS, _STATES = 0.25, 1 << 30
+"""States are checkpointed so that they take at most this share of what pages take, and on a GPU at most so many bytes
+(docs/architecture.md)."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,13 @@ def memory(
     native = kv == formats.kv("auto", weights)
     held = formats.model_bytes(model, weights)
     tokens = min(chunk, -(-n // ranks))
+    most = max(_STATES, 2 * state) if gpu else math.inf
     return Memory(
         weights=held / ranks if split else held,
         kv=concurrent * kept / ranks,
         rotated=concurrent * rotated_bytes(layers, n, own, native, evicts) / ranks,
-        state=concurrent * (2 * state + min(_CHECKPOINTS * kept / ranks, state * n / 1024)),
-        workspace=tokens * own * (4 * model.hidden + _WIDTH * _inner(model)) + concurrent * model.vocabulary * 4.0,
+        state=concurrent * (2 * state + min(_CHECKPOINTS * kept / ranks, state * n / max(1024, chunk), most)),
+        workspace=tokens * own * (4 * model.hidden + _inner(model)) + concurrent * model.vocabulary * 4.0,
         runtime=GPU_RUNTIME if gpu else RUNTIME,
     )
 

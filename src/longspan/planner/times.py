@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from longspan.errors import LongspanError
@@ -244,10 +244,7 @@ def _row(work: Work, what: str, entry: dict[str, Any]) -> tuple[_Row, float] | N
     if (of := _known(entry["model"])) is None:
         return None
     if not device.gpu:
-        cpu = devices.devices()["cpu"]
-        threads = entry.get("threads") or cpu.cores
-        one = replace(cpu, bandwidth=cpu.bandwidth / cpu.cores, flops={k: v / cpu.cores for k, v in cpu.flops.items()})
-        device = devices.of_cores(one, threads, cpu.memory)
+        device = devices.of_cores(devices.one_core(), entry.get("threads") or device.cores, device.memory)
     weights = _DTYPES.get(entry["dtype"], "bf16")
     chunk = entry.get("chunk") or (GPU_CHUNK if device.gpu else CHUNK)
     there = Work(of, entry["length"], entry["mechanism"], weights, formats.kv("auto", weights), 1, device, chunk)
