@@ -111,7 +111,7 @@ def evals() -> Iterator[dict[str, Any]]:
                 yield {
                     "file": file, "row": number, "eval": "ruler", "model": result["model"].split(".")[0],
                     "mechanism": line["contender"], "length": line["length"], "questions": line["questions"],
-                    "score": line["score"] / 100, "low": line["low"] / 100, "high": line["high"] / 100,
+                    **{name: round(line[name] / 100, 4) for name in ("score", "low", "high")},
                 }  # fmt: skip
 
 
