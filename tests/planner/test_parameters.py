@@ -183,3 +183,14 @@ def test_nonsense_is_named(change, told):
     with pytest.raises(ModelError) as caught:
         read("mine", SIZES | {"model_type": "llama"} | change)
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", -1, 0, 1.5, [], {}, True, 1 << 39, [[1]], {"a": 1}, 10**30])
+@pytest.mark.parametrize("kind", ["lfm2", "nemotron_h", "deepseek_v3", "gpt_oss", "gemma3_text", "qwen3_next"])
+def test_any_value_of_any_field_is_read_or_refused_in_a_line(kind, value):
+    given = {"model_type": kind, **TINY[kind]}
+    for field in (*given, "layer_types", "head_dim", "sliding_window", "mlp_only_layers", "block_ffn_dim_multiplier"):
+        try:
+            assert read("mine", given | {field: value}).parameters > 0
+        except ModelError as error:
+            assert "\n" not in str(error)

@@ -81,6 +81,13 @@ class Fields:
         value = self.get(field, default)
         return 0 if value in (0, None) and not isinstance(value, bool) else self.whole(field)
 
+    def factor(self, field: str) -> float:
+        """Return a number by which something is multiplied, 1 where it is missing (ModelError: it is no number)."""
+        value = self.get(field, 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _MOST:
+            raise ModelError(f"the field {field!r} of {self.name}'s config.json is {value!r}: it must be a number")
+        return float(value)
+
     def each(self, field: str, layers: int) -> list[Any] | None:
         """Return a list with an entry a layer; None: there is none (ModelError: it has another length)."""
         value = self.get(field)

@@ -177,7 +177,7 @@ def _width(fields: Fields, of: Family, what: kinds.Kind) -> int:
         return fields.whole("intermediate_size", 4 * fields.whole("hidden_size"))
     width = fields.whole("intermediate_size")
     if fields.kind == "lfm2" and fields.yes("block_auto_adjust_ff_dim", True):
-        width = int(2 * width / 3 * (fields.get("block_ffn_dim_multiplier") or 1.0))
+        width = int(2 * width / 3 * fields.factor("block_ffn_dim_multiplier"))
         multiple = fields.whole("block_multiple_of", 256)
         width = -(-width // multiple) * multiple
     return width
