@@ -1,7 +1,9 @@
 """Ways to compress side by side: the arithmetic of ratios, the cases, the rows; on a tiny model."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ from longspan.evals.compress_report import COLUMNS, picture, table
 from longspan.evals.compress_run import Given, run
 from longspan.evals.compress_work import Copy
 from longspan.evals.haystack import prose
-from longspan.evals.journal import Journal
+from longspan.evals.journal import Journal, read
 from longspan.evals.together import continued
 from longspan.hf.loading import load
 from tiny_hybrid import save_hybrid
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.compress import result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 600
@@ -282,3 +288,14 @@ def test_a_peer_that_is_another_model_is_not_compared(tiny, asked, monkeypatch):
 
 def test_a_peer_loads_the_folder_that_ours_came_from(tiny, folder):
     assert compress.folder_of(tiny) == folder
+
+
+def test_a_result_is_put_together_from_journals(tiny, asked, tmp_path):
+    of = [{"length": 1}, {"length": 2}]
+    for name, ways, told in (("a", ["snapkv"], of[0]), ("b", ["snapkv", "keydiff"], of[0]), ("c", [], of[1])):
+        with Journal(tmp_path / name) as journal:
+            journal.begin({"device": "none", "command": f"run {name}", "model": "/some/model.gguf"})
+            run(tiny, (), Given(ways, (), [2.0], LENGTH, 3, told), asked, journal, lambda _: None)
+    found = result([entry for name in "abc" for entry in read(tmp_path / name)])
+    assert found["of"] == of[0] and found["command"] == "run a; run b" and found["model"] == "model.gguf"
+    assert [(row["way"], row["ratio"]) for row in found["rows"]] == [("dense", 1.0), ("snapkv", 2.0), ("keydiff", 2.0)]

@@ -47,7 +47,7 @@ class Reading:
     turned: Tensor
     """The same, rotated to where they read."""
     keys: Tensor
-    """Rows `[1, Hkv, N, D]`, rotated to where they are read; the last is that of the last query."""
+    """Rows `[1, Hkv, N, D]` as they are held, rotated to where they are read; the last is that of the last query."""
     lse: Tensor
     """Log-sum-exp of each query's scores, `[1, Hq, T]`."""
     first: int
@@ -182,10 +182,9 @@ class Evicting(Mechanism):
         for start, stop, own in sides(rows, token, count):
             part = q[:, :, start:stop]
             turned = part if rows.rotary is None else rows.rotary.range(part, (token if own else row) + start)
-            k = rows.keys_as_read(row + stop, own).to(q.dtype)
-            v = rows.pages.values(0, row + stop).to(q.dtype)
+            k, v = rows.keys_as_read(row + stop, own), rows.pages.values(0, row + stop)
             if decode:
-                return self.decode(turned, k, v, rows, own, scale)
+                return self.decode(turned, k.to(q.dtype), v.to(q.dtype), rows, own, scale)
             out, lse = attend_rows(turned, k, v, scale, self.gpu_tile if q.is_cuda else self.tile)
             outs.append(out)
             if learn:

@@ -33,7 +33,7 @@ from longspan.kv.pages import PagedKV
 ASKED = 64
 """Last tokens of a text that stand for its question, where eviction waits for one."""
 
-_STACKED = {"cpu": 1 << 30, "cuda": 12 << 30}
+_STACKED = {"cpu": 1 << 30, "cuda": 4 << 30}
 """Bytes of keys and values that are answered from together."""
 
 
