@@ -47,8 +47,8 @@ Context = Annotated[
     typer.Option(
         "--context",
         metavar="SPEC",
-        help="What is read of a context: full, retrieved (passages chosen for the question; by=heads, passages=8) or "
-        "summary (of its chunks; chunk=1024).",
+        help="What is read of a context: full, retrieved (passages chosen for the question; by=dense, hybrid "
+        "or heads, passages=8) or summary (of its chunks; chunk=1024).",
     ),
 ]
 Haystack = Annotated[
