@@ -41,7 +41,7 @@ def test_few_passages_are_ranked_too(count):
 
 
 def test_fused_places_are_the_papers_sums():
-    # 1/61 + 1/63, 1/62 + 1/61, 1/63, 1/62: by hand.
+    # 1/61 + 1/63, 1/62 + 1/61, 1/63 + 1/64, 1/64 + 1/62: by hand.
     assert fused([[5, 2, 9], [2, 7, 5]]) == [2, 5, 7, 9]
     assert fused([[1, 0], [0, 1]]) == [0, 1], "of equal ones that of the lower number"
     assert fused([]) == fused([[], []]) == [] and fused([[3, 1]]) == [3, 1]
@@ -51,3 +51,10 @@ def test_two_middling_places_beat_one_of_them_and_a_last():
     first, second = list(range(20)), [19, *range(5, 19), *range(5)]
     found = fused([first, second])
     assert found[0] == 5 and found.index(0) < found.index(19), "19 is first in one, and last in the other"
+
+
+def test_what_one_ranking_lacks_is_not_lost():
+    """Twenty passages share a word with the question, and the second by meaning shares none."""
+    by_words, by_meaning = list(range(20)), [30, 40, *range(19, -1, -1), *range(50, 60)]
+    found = fused([by_words, by_meaning])
+    assert found[0] == 30 and found.index(40) < 4 and set(range(50, 60)) < set(found[20:])

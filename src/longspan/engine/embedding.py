@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from longspan.engine.contexts import CHUNK, GPU_CHUNK
 from longspan.hf.model import CausalModel
 
-_SHARE = 0.4
+_SHARE = 0.3
 """Of the layers, behind which states are taken: see docs/experiments.md."""
 _MOST = 512
 """Tokens of a text that are read: passages are shorter."""

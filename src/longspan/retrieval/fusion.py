@@ -1,8 +1,10 @@
 """Several rankings of the same things joined into one.
 
 Reciprocal rank fusion (G. Cormack, C. Clarke, S. Büttcher, SIGIR 2009, doi:10.1145/1571941.1572114): a thing scores the
-sum of `1 / (60 + rank)` over the rankings that hold it, ranks counted from 1. Scores of different kinds (BM25, cosines)
-are never compared with one another, only places. It does not know what is ranked.
+sum of `1 / (60 + rank)` over the rankings, ranks counted from 1. Scores of different kinds (BM25, cosines) are never
+compared with one another, only places. What differs from the paper: a thing that a ranking lacks stands directly behind
+its last, instead of getting nothing from it. BM25 ranks only what shares a word; any such passage would stand before all
+that meaning alone finds. It does not know what is ranked.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ def fused(rankings: Sequence[Sequence[int]]) -> list[int]:
     """
     scores: dict[int, float] = {}
     for ranking in rankings:
-        for rank, thing in enumerate(ranking, 1):
-            scores[thing] = scores.get(thing, 0.0) + 1 / (_K + rank)
+        behind = 1 / (_K + len(ranking) + 1)
+        places = {thing: 1 / (_K + rank) for rank, thing in enumerate(ranking, 1)}
+        for thing in {thing for each in rankings for thing in each}:
+            scores[thing] = scores.get(thing, 0.0) + places.get(thing, behind)
     return sorted(scores, key=lambda thing: (-scores[thing], thing))
