@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from benchmarks import planner
@@ -89,16 +90,19 @@ def contexts() -> str:
     return markdown(head, rows) + "\n`longspan plan --model nemotron-3-nano-30b --gpu h100 --max-context`\n"
 
 
+@functools.cache
+def _tree() -> tree.Branch:
+    return tree.tree(question("llama-3.1-8b", gpu="h100"), [(1, 1), (8, 1), (8, 4)])
+
+
 def decision() -> str:
     """The decision tree of one model on H100."""
-    made = tree.tree(question("llama-3.1-8b", gpu="h100"), [(1, 1), (8, 1), (8, 4)])
-    return f"```\n{tree.text(made)}```\n\n`longspan decide --model llama-3.1-8b --gpu h100 --tree`\n"
+    return f"```\n{tree.text(_tree())}```\n\n`longspan decide --model llama-3.1-8b --gpu h100 --tree`\n"
 
 
 def chart() -> str:
-    """The same as a Mermaid flowchart."""
-    made = tree.tree(question("llama-3.1-8b", gpu="h100"), [(1, 1), (8, 1)])
-    return f"```mermaid\n{tree.mermaid(made)}```\n"
+    """The same as a Mermaid flowchart, without several nodes."""
+    return f"```mermaid\n{tree.mermaid(tree.Branch(_tree().name, _tree().under[:2]))}```\n"
 
 
 def predictions() -> str:

@@ -181,3 +181,24 @@ def test_nonsense_is_refused_in_a_line(options, told):
         plan(given.pop("model"), given.pop("context"), **given)
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert isinstance(caught.value, (UsageError, ModelError, UnknownNameError))
+
+
+def test_what_is_here_is_found_or_named(monkeypatch):
+    for told, name in (
+        ("cuda (NVIDIA H100 80GB HBM3)", "h100"), ("cuda (NVIDIA H200)", "h200"), ("cpu (2 cores)", "cpu"),
+        ("cuda (NVIDIA A100-SXM4-80GB)", "a100"), ("cuda (NVIDIA GeForce RTX 5090)", "rtx5090"),
+    ):  # fmt: skip
+        monkeypatch.setattr(devices.detected, "device", lambda told=told: told)
+        assert devices.device("auto").name == name
+    for told in ("cuda (NVIDIA A100-SXM4-40GB)", "cuda (Tesla T4)"):
+        monkeypatch.setattr(devices.detected, "device", lambda told=told: told)
+        with pytest.raises(UnknownNameError, match="name one with --gpu"):
+            devices.device("auto")
+
+
+def test_devices_have_sources():
+    for each in devices.devices().values():
+        assert each.sources and each.bandwidth > 0 and each.link > 0 and each.flops
+        if each.gpu:
+            # Drivers count what vendors sell by the decimal gigabyte in binary ones, less what they keep.
+            assert 0.95 < each.memory / each.nominal < 1.1 and each.peak("fp8") >= each.peak("bf16")

@@ -99,10 +99,17 @@ def of_cores(one: Device, cores: int, memory: int) -> Device:
 
 
 def device(name: str) -> Device:
-    """Return a device by name, `auto` for what is here (UnknownNameError lists the names)."""
+    """Return a device by name, `auto` for what is here.
+
+    Raises:
+        UnknownNameError: no such device, or what is here is a GPU that the data file lacks; the names are listed.
+    """
     key = name.lower().replace("-", "").replace(" ", "")
     if key == "auto":
-        return of(detected.device())
+        told = detected.device()
+        if told.startswith("cuda") and not of(told).gpu:  # a GPU of another kind
+            raise UnknownNameError(f"{told} is no device of the planner: name one with --gpu: {', '.join(devices())}")
+        return of(told)
     if key not in devices():
         raise UnknownNameError(f"unknown device {name!r}: use one of auto, {', '.join(devices())}")
     return devices()[key]

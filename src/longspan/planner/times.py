@@ -237,6 +237,8 @@ def _distance(a: Model, b: Model) -> float:
 def _row(work: Work, what: str, entry: dict[str, Any]) -> tuple[_Row, float] | None:
     """Return one entry as a row; None: it is of another kind of device, or does not say this."""
     speed, device = entry.get(f"{what}_tokens_per_s"), devices.of(entry["device"])
+    if not device.gpu and "NVIDIA" in entry["device"]:  # a GPU that the data file does not have
+        return None
     if not speed or device.gpu != work.device.gpu or (device.gpu and device.name != work.device.name):
         return None
     if "prefill" in entry and what == "prefill":
