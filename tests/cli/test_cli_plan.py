@@ -70,12 +70,18 @@ def test_a_folder_without_a_field(cli, home) -> None:
     assert code == 1 and "'num_hidden_layers'" in err and err.count("\n") == 1
 
 
-def test_a_decision_is_told(cli) -> None:
+def test_a_decision_is_told(cli, home) -> None:
     code, out, err = cli("decide", "--model", "llama-3.1-8b", "--context", "600K", "--gpu", "h100")
     assert (code, err) == (0, "")
     assert "Next: " in out and "Out:" in out and "What would flip it:" in out and "needle-h200.json row" in out
-    _, out, _ = cli("decide", "--context", "64K", "--gpu", "h100", "--json")
+    _, out, _ = cli("decide", "--context", "64K", "--gpu", "h100", "--json", "--html", "choice.html")
     told = json.loads(out)
+    page = (home / "choice.html").read_text(encoding="utf-8")
+    assert (
+        "<h1>Llama-3.1-8B: dense</h1>" in page
+        and "What would flip it" in page
+        and "nothing may be approximated" in page
+    )
     assert told["choice"]["attention"] == "dense" and told["choice"]["exact"] and told["flips"]
 
 

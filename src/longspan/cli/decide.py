@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +39,7 @@ def decide(
     speed: Annotated[float, typer.Option("--speed", metavar="X", help="Least tokens a second of an answer.")] = 0.0,
     tree: Annotated[bool, typer.Option("--tree", help="The whole tree: one GPU, --gpus (8), --nodes (4).")] = False,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="The tree as a Mermaid flowchart.")] = False,
+    html: plan.Html = None,
     json: AsJson = False,
 ) -> None:
     """Choose an attention and a placement: computed from costs, the device and committed evals.
@@ -49,6 +51,8 @@ def decide(
     from longspan.planner.decide import decide as decided
     from longspan.planner.decide import question
 
+    if html is not None and (tree or mermaid):
+        raise UsageError("--html writes the tree as well: leave out --tree and --mermaid")
     if tree and mermaid:
         raise UsageError("--tree and --mermaid are two ways to print one tree: give one of them")
     given = question(
@@ -58,10 +62,16 @@ def decide(
     if tree or mermaid:
         _tree(given, mermaid=mermaid, json=json)
         return
-    found = decided(given)
-    if json:
-        from longspan.planner.flips import flips
+    from longspan.planner.flips import flips
 
+    found = decided(given)
+    if html is not None:
+        from longspan.cli.decide_page import page
+        from longspan.planner.tree import tree as whole
+
+        output.save(Path(html), page(found, flips(found), whole(given, hardware(given))))
+        output.say(f"page: {html}")
+    if json:
         output.write_json({**found.told(), "flips": [each.told() for each in flips(found)]})
         return
     _show(found)
