@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import UsageError
+from longspan.kernels.held import Held
+from longspan.kernels.superlinear.search import Turn
 from longspan.kv.base import PAGE, LayerKV
 
 
@@ -144,6 +146,32 @@ class Mechanism(ABC):
             tiles.append(self.attend_tile(computed[:, :, start:stop], kv, first + start, scale, part))
         out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 2)
         return out.to(q.dtype)
+
+    @property
+    def steps(self) -> bool:
+        """Whether `step` serves."""
+        return False
+
+    def step(
+        self, q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float, searched: Held, turn: Turn | None
+    ) -> Tensor:
+        """Attend from the newest token of every sequence, in shapes that do not depend on how many tokens there are.
+
+        Nothing is asked of the device, so that a step can be captured in a CUDA graph (where kernels serve).
+
+        Args:
+            q: unrotated queries `[B, Hq, D]`.
+            k: keys, rotated to their positions where there is a `turn`; there is room for more than are there.
+            v: values.
+            lengths: int64 `[B]`, tokens of each sequence, the newest included.
+            scale: what scores are multiplied by.
+            searched: unrotated keys.
+            turn: how queries are rotated; None: positions are not encoded.
+
+        Returns:
+            `[B, Hq, Dv]` in q's type.
+        """
+        raise NotImplementedError(f"{self.name} has no steps of one shape")
 
     @abstractmethod
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:

@@ -8,14 +8,18 @@ positions the model has never seen, which most models don't survive.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from longspan.attention.base import Cost, Hints, Mechanism, Shape
-from longspan.kernels.causal_attention import causal_attention
+from longspan.kernels import causal_attention as causal
+from longspan.kernels import dense_decode
+from longspan.kernels.held import Held
 from longspan.kernels.partial_attention import partial_attention
+from longspan.kernels.superlinear import Turn
 from longspan.kv.base import LayerKV
 
 
@@ -31,6 +35,16 @@ class Dense(Mechanism):
     decode_order: ClassVar[str] = "n"
     beyond_window: ClassVar[bool] = False
 
+    def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
+        """See `Mechanism.attend`; a long chunk on a GPU is neither cut into tiles nor widened."""
+        count, stop = q.shape[2], kv.length
+        if q.is_cuda and count >= self.gpu_tile and kv.readable() is None:
+            k, v, rotated = kv.keys_at_own_positions(0, stop), kv.values(0, stop), kv.queries_from(q, stop - count)
+            if causal.cuda.serves(rotated, k, v):
+                scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+                return causal.cuda.causal_attention(rotated, k, v, scale=scale)
+        return super().attend(q, kv, scale=scale, hints=hints)
+
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
         count = q.shape[2]
@@ -40,7 +54,18 @@ class Dense(Mechanism):
         v = kv.values(0, stop)
         if count == 1:
             return partial_attention(q, k, v, scale=scale)[0]
-        return causal_attention(q, k, v, scale=scale)
+        return causal.causal_attention(q, k, v, scale=scale)
+
+    @property
+    def steps(self) -> bool:
+        """See `Mechanism.steps`."""
+        return True
+
+    def step(
+        self, q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float, searched: Held, turn: Turn | None
+    ) -> Tensor:
+        """See `Mechanism.step`."""
+        return dense_decode.decode(q, k, v, lengths, scale=scale, per_token=None if turn is None else turn.per_token)
 
     def cost(self, n: int, shape: Shape) -> Cost:
         """See `Mechanism.cost`."""

@@ -42,8 +42,10 @@ from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one
 from longspan.attention.spans import attend_spans, disjoint
 from longspan.attention.window import attend_window
 from longspan.errors import UsageError
+from longspan.kernels import superlinear as kernels
+from longspan.kernels.held import Held
 from longspan.kernels.partial_attention import merge_partials
-from longspan.kernels.superlinear import offsets
+from longspan.kernels.superlinear import Turn, offsets
 from longspan.kv.base import PAGE, LayerKV
 
 
@@ -126,6 +128,18 @@ class Superlinear(Mechanism):
             scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
             return superlinear_kernels.attend(self, q, kv, scale, hints).to(q.dtype)
         return super().attend(q, kv, scale=scale, hints=hints)
+
+    @property
+    def steps(self) -> bool:
+        """See `Mechanism.steps`."""
+        return self.summary == "key"
+
+    def step(
+        self, q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float, searched: Held, turn: Turn | None
+    ) -> Tensor:
+        """See `Mechanism.step`."""
+        search = superlinear_kernels.search_of(self)
+        return kernels.decode(q, k, v, lengths, search, scale=scale, search_keys=searched, turn=turn)
 
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""

@@ -213,10 +213,10 @@ class Context(ABC):
                 kv.commit()
             self.recurrence.commit()
 
-    def _count(self, chunk: list[int], state: dict[str, Tensor]) -> None:
+    def _count(self, chunk: list[int], state: dict[str, Tensor], *, owned: bool = False) -> None:
         """Count a chunk as read that every layer has read; from then on an interruption does not take it back."""
         with Undisturbed():
-            self.recurrence.take(self.length + len(chunk), state)
+            self.recurrence.take(self.length + len(chunk), state, owned=owned)
             self.tokens.extend(chunk)
 
     def dropped(self, length: int) -> tuple[int, int]:

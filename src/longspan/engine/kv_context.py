@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from longspan.engine.readers import Asked, Attending
 from longspan.engine.recurrence import SHARE, Recurrence
 from longspan.engine.repetition import repeat
 from longspan.engine.resolutions import Needs, demoted, settle
+from longspan.engine.stepper import AHEAD, TOGETHER, Stepper
 from longspan.errors import PoolExhaustedError
 from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
@@ -29,6 +31,13 @@ from longspan.kv.tiers import Tiers
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import RetrievalHeads
 
+if TYPE_CHECKING:
+    from longspan.engine.memory_plan import MemoryPlan
+
+PLANNED_CHUNK = 32768
+"""Tokens that run through a native forward together on a GPU, where memory allows."""
+STATES = 1 << 30
+"""Bytes that checkpoints of recurrent states may take on a GPU, where memory is planned."""
 PREFILL_WINDOW = 1024
 """Newest keys, as far as the trained length holds them, that a query of a document sees beyond that length where no
 prefill was chosen."""
@@ -65,6 +74,7 @@ class KVContext(Context):
             UsageError: a budget below one page a layer and two recurrent states; tiers for what forgets.
         """
         super().__init__(model, mechanism)
+        self._planned: int | None = None
         kinds = mechanism.summaries if summaries is None else tuple(summaries)
         self.budget = Budget() if budget is None else budget
         self._tiered = tiers is not None and self.budget.limited and not mechanism.evicts
@@ -77,7 +87,9 @@ class KVContext(Context):
             paged(model, kv_format, self.budget, kinds, mechanism.block, tiers)
             for _ in range(model.dimensions.layers if self.kept is None else 0)
         ]
-        self.recurrence = Recurrence(model.state_spec, self.layers, self.chunk, self.budget)
+        planned = model.native is not None and model.device.type == "cuda"
+        chunk = PLANNED_CHUNK if planned else self.chunk
+        self.recurrence = Recurrence(model.state_spec, self.layers, chunk, self.budget)
         states = 2 * self.recurrence.state_bytes
         self.budget.require(
             sum(kv.pool.least_bytes for kv in self.layers) + states,
@@ -86,6 +98,7 @@ class KVContext(Context):
         self.attend_by(mechanism)
         self._committed = 0
         self._repeated = 0  # tokens: those before were repeated for a mechanism that evicts by that
+        self._stepper: Stepper | None = None
         self._masses: list[PageMass] = []
         """How much attention pages get, a layer, where a budget decides by it which of them stay exact."""
         if self._moves:
@@ -100,7 +113,32 @@ class KVContext(Context):
     @property
     def chunk(self) -> int:
         """See `Context`."""
-        return super().chunk if self.kept is None else min(super().chunk, self.kept.chunk)
+        if self.kept is not None:
+            return min(super().chunk, self.kept.chunk)
+        return super().chunk if self._planned is None else self._planned
+
+    def reserve(self, tokens: int) -> MemoryPlan | None:
+        """Plan the memory of a context of so many tokens in all, and set aside what its pages take.
+
+        Returns:
+            The plan; None: nothing is planned on a CPU, or where transformers' modules run.
+
+        Raises:
+            PoolExhaustedError: it does not fit the device; the message says what does. Nothing was set aside.
+        """
+        if self.kept is not None or self.model.native is None or self.model.device.type != "cuda":
+            return None
+        from longspan.engine import memory_plan
+
+        memory, reads = memory_plan.available(self.model.device), self.reads_by(tokens)
+        found = memory_plan.check(self.model, reads, tokens, memory)
+        self._planned = memory_plan.chunk_for(self.model, reads, tokens, memory)
+        pages = -(-tokens // PAGE)
+        for kv in self.layers:
+            lacking = pages - len(kv.table) - len(kv.pool.native.free_slots)
+            if lacking > 0:
+                kv.pool.reserve(kv.pool.native.slots + lacking)
+        return found
 
     def attend_by(self, mechanism: Mechanism) -> None:
         """Attend by another mechanism from now on; everything that it reads must still be held."""
@@ -206,7 +244,7 @@ class KVContext(Context):
             own = self.budget
             budget = own if own.parent is None else Budget(own.limit, own.name, own.parent)
         other = copy.copy(self)
-        other.tokens, other.budget, other.layers = list(self.tokens), budget, []
+        other.tokens, other.budget, other.layers, other._stepper = list(self.tokens), budget, [], None
         other.recurrence = self.recurrence.fork(budget)
         try:
             for kv in self.layers:
@@ -257,6 +295,7 @@ class KVContext(Context):
             again = self.tokens[self._committed :]
             self.truncate(self._committed)
             super().extend(again)
+        self.reserve(self.length + len(tokens) + AHEAD * PAGE)
         super().extend(tokens, tick)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -268,6 +307,61 @@ class KVContext(Context):
         if asks and self._asked is not None:
             self._asked.evict(self.length)
         return out
+
+    def hold(self, tokens: Sequence[int], state: Mapping[str, Tensor]) -> None:
+        """Count tokens as read for good, whose keys and values the caller put into every layer's pages.
+
+        Args:
+            tokens: their ids.
+            state: the recurrent states after them; empty where all layers attend.
+        """
+        length = self.length + len(tokens)
+        assert all(kv.length == length for kv in self.layers), "every layer holds them"
+        self.recurrence.restore(
+            length, {f"states.{length}.{name}": tensor for name, tensor in state.items()}, self.model.device
+        )
+        self.tokens.extend(tokens)
+        self._commit()
+
+    @property
+    def runs(self) -> bool:
+        """Whether `run` serves."""
+        return self._steps() is not None
+
+    def run(self, token: int, count: int) -> list[int]:
+        """Read a token, then `count - 1` times the likeliest next one, without looking at any in between.
+
+        The tokens may be taken back, as those of `step`. Whoever calls has asked `runs`.
+
+        Returns:
+            The `count` tokens that followed, of which the last was not read.
+        """
+        out: list[int] = []
+        while len(out) < count:
+            steps = self._steps()
+            assert steps is not None, "runs was not asked"
+            before, size = self.length, self.recurrence.most(min(count - len(out), TOGETHER))
+            try:
+                said, _, state = steps.run(token, size, self.recurrence.state())
+                found = said.tolist()
+                self._count([token, *found[:-1]], state, owned=True)
+            except BaseException:
+                if self.length == before:
+                    self.truncate(before)
+                raise
+            out += found
+            token = found[-1]
+        return out
+
+    def _steps(self) -> Stepper | None:
+        """Return what decodes one token after another without the model's modules; None: nothing can."""
+        if self.kept is not None or self._moves or self.hints.chosen_pages:
+            return None
+        if not self.layers or not Stepper.serves(self.model, self.layers, self.mechanism):
+            return None
+        if self._stepper is None or self._stepper.mechanism != self.mechanism:
+            self._stepper = Stepper(self.model, self.layers, self.mechanism)
+        return self._stepper
 
     def truncate(self, length: int) -> None:
         """See `Context.truncate`; of a question that evicted, what stays is read again."""
@@ -341,9 +435,15 @@ class KVContext(Context):
             new = -(-(before + len(chunk)) // PAGE) - -(-before // PAGE) + 1
             self.recurrence.make_room(new * sum(kv.pool.least_bytes for kv in self.layers))
         state = self.recurrence.state()
+        steps = self._steps() if len(chunk) == logits == 1 and mechanism is None else None
+        out: Tensor | None
         try:
-            out = self.model.forward(chunk, reader, logits=logits, state=state)
-            self._count(chunk, state)
+            if steps is not None:
+                _, last, state = steps.run(chunk[0], 1, state)
+                out = last.unsqueeze(0)
+            else:
+                out = self.model.forward(chunk, reader, logits=logits, state=state)
+            self._count(chunk, state, owned=steps is not None)
         except BaseException:
             if self.length == before:
                 self.truncate(before)
@@ -365,6 +465,8 @@ class KVContext(Context):
     def _commit(self) -> None:
         super()._commit()
         self._committed = self.length
+        if self._planned is not None:
+            self.recurrence.shrink(STATES)
 
     def _layers(self) -> Sequence[Layer]:
         return self.layers if self.kept is None else self.kept.layers

@@ -91,10 +91,13 @@ class Recurrence:
         """Return the latest state, for a forward call to replace; empty: the initial one."""
         return {} if self._kept is None else self._kept.latest() or {}
 
-    def take(self, length: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the state after `length` tokens (PoolExhaustedError: there is no room for it; nothing was changed)."""
+    def take(self, length: int, state: Mapping[str, Tensor], *, owned: bool = False) -> None:
+        """Keep the state after `length` tokens (PoolExhaustedError: there is no room for it; nothing was changed).
+
+        `owned`: nobody else writes to its tensors, which are then not copied.
+        """
         if self._kept is not None:
-            self._kept.update(length, {name: state[name] for name in self.spec})
+            self._kept.update(length, {name: state[name] for name in self.spec}, owned=owned)
 
     def commit(self) -> None:
         """Say that the tokens so far were read for good."""

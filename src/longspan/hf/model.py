@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from longspan.hf.attention import Enough, Reader
 from longspan.hf.decoder import OneToken
 from longspan.hf.tokenizer import chat_of, hash_of
 from longspan.kv.rotary import Rotary
+
+if TYPE_CHECKING:
+    from longspan.hf.native import Stack
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,17 @@ class Dimensions:
 class CausalModel:
     """A model, its tokenizer, and what Longspan must know about both."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, weights: str = "auto") -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, weights: str = "auto", *, native: bool | None = None
+    ) -> None:
         """Take a transformers model that was loaded with Longspan's attention, its tokenizer, and `load`'s `weights`.
+
+        Args:
+            name: what it is called.
+            model: from transformers.
+            tokenizer: its own; None: for whoever gives and takes token ids alone.
+            weights: see `loading.load`.
+            native: whether it runs by our own forward where there is one (`hf.native`); None: on a GPU.
 
         Raises:
             ModelError: attention or recurrent layers of a kind that Longspan does not serve yet.
@@ -57,6 +69,9 @@ class CausalModel:
         found = hybrid.layers(name, self.config)
         self.dimensions = _dimensions(name, self.config, len(found.ordinals))
         self.rotary = self._find_rotary()
+        wanted = self.device.type == "cuda" if native is None else native
+        self.native: Stack | None = _native_of(model) if wanted else None
+        """Its own forward, without transformers' modules; None: theirs."""
         self._hybrid: hybrid.Hybrid | None = None
         if found.recurrent:
             self._hybrid = hybrid.Hybrid(name, model, self.config, found)
@@ -101,6 +116,14 @@ class CausalModel:
         Returns:
             float32 logits `[logits, V]`, or None where none are wanted or the reader had enough.
         """
+        if self.native is not None:
+            from longspan.hf.native.blocks import Run
+
+            run = Run(reader, {} if state is None else state)
+            out = self.native.read(torch.tensor(tokens, device=self.device), run, logits=logits)
+            if state is not None:
+                state.update(run.after)
+            return out
         if len(tokens) == 1 and self._one_token is not None:
             return self._one_token(tokens[0], reader, logits=bool(logits))
         given = self._inputs(tokens, reader)
@@ -108,7 +131,7 @@ class CausalModel:
             assert state is not None, "a hybrid model reads on from a state"
             cache = self._hybrid.cache(state)
             given |= {"past_key_values": cache, "use_cache": True, "longspan": self._hybrid.counting(reader)}
-        out: Tensor | None = None
+        out = None
         try:
             if logits:
                 out = self.model(**given, logits_to_keep=logits).logits[0, -logits:].float()
@@ -259,6 +282,12 @@ class CausalModel:
         ours = rotary(apply(first, first, zero_cos, zero_sin)[0].cpu(), at[0])
         if not torch.allclose(ours, theirs, atol=2e-3):
             raise ModelError(f"{self.name} rotates queries and keys in a way that Longspan does not know")
+
+
+def _native_of(model: Any) -> Stack | None:
+    from longspan.hf.native import native_of
+
+    return native_of(model)
 
 
 def _dimensions(name: str, config: Any, layers: int) -> Dimensions:

@@ -60,17 +60,33 @@ class Mirror:
             self._rows.readers -= 1
         self._rows, self.length = None, 0
 
+    def advance(self, stop: int) -> None:
+        """Count the rows up to `stop` as held, which the caller writes; those before were read already."""
+        assert self._rows is not None, "nothing was read yet"
+        self._rows = self._room(self._rows, stop, self._rows.rows)
+        self.length = self._rows.written = stop
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for so many rows, if any were read."""
+        if self._rows is not None:
+            self._rows = self._room(self._rows, capacity, self._rows.rows, exactly=True)
+
     def _extend(self, stop: int, fresh: Tensor) -> None:
-        kept = self._rows
-        # Rows behind `length` may be another context's, if it was forked from this one and went on.
-        others = kept is not None and kept.readers > 1 and kept.written != self.length
-        if kept is None or others or kept.rows.shape[2] < stop:
-            capacity = -(-max(4 * PAGE, stop + stop // 2) // PAGE) * PAGE  # whole pages, which are read as such
-            with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
-                grown = _Rows(fresh.new_empty(1, fresh.shape[1], capacity, fresh.shape[3]))
-            if kept is not None:
-                grown.rows[:, :, : self.length] = kept.rows[:, :, : self.length]
-                kept.readers -= 1
-            kept = self._rows = grown
+        kept = self._rows = self._room(self._rows, stop, fresh)
         kept.rows[:, :, self.length : stop] = fresh
         self.length = kept.written = stop
+
+    def _room(self, kept: _Rows | None, stop: int, like: Tensor, *, exactly: bool = False) -> _Rows:
+        """Return rows with room up to `stop`, in which no other context has written behind our own."""
+        # Rows behind `length` may be another context's, if it was forked from this one and went on.
+        others = kept is not None and kept.readers > 1 and kept.written != self.length
+        if kept is not None and not others and kept.rows.shape[2] >= stop:
+            return kept
+        capacity = -(-(stop if exactly else max(4 * PAGE, stop + stop // 2)) // PAGE) * PAGE  # whole pages
+        with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
+            grown = _Rows(like.new_empty(1, like.shape[1], capacity, like.shape[3]))
+        if kept is not None:
+            grown.rows[:, :, : self.length] = kept.rows[:, :, : self.length]
+            grown.written = self.length
+            kept.readers -= 1
+        return grown

@@ -90,31 +90,43 @@ class PagedKV(PageResolver):
         # A committed page may have to come back exactly: until the next commit only pages that are new since then are
         # written down.
         self._fresh = self._write_down(max(self._fresh, -(-self._committed // PAGE)), before)
+        self._open(after)
+        if self.blocks.kept:
+            self._summarise(k, v)
+        self._write(k, v, before)
+        self._length = after
+
+    def advance(self, count: int) -> None:
+        """Hold `count` more tokens, whose keys and values the caller writes to where their pages lie.
+
+        For steps that run as one graph; no summaries are kept, and pages stay in the native type.
+
+        Raises:
+            PoolExhaustedError: the pages for them are more than the budget has left; nothing was added.
+        """
+        assert not self.blocks.kept and self.pool.format is self.pool.native.format, "append() writes these"
+        self._open(self._length + count)
+        self._length += count
+
+    def _open(self, after: int) -> None:
+        """Have pages of this context's own for the tokens up to `after` (PoolExhaustedError: nothing was changed)."""
+        pool, before = self.pool, self._length
         page, offset = divmod(before, PAGE)
         first_new, full, end = -(-before // PAGE), after // PAGE, -(-after // PAGE)
         if offset > 0 and full == page and not self._not_writable(page):
-            # The usual step of decode: the page that is open has room, and is this context's own.
-            if self.blocks.kept:
-                self._summarise(k, v)
-            self._write(k, v, before)
-            self._length = after
-            return
+            return  # the usual step of decode: the page that is open has room, and is this context's own
         reopened = self._not_writable(page) if offset else []
         takes: dict[Plane, int] = {pool.native: end - first_new}
         takes[pool.marks] = end - first_new if self.blocks.kept else 0
         for plane in reopened:
             takes[plane] += 1
         self._charge(takes, self._replaced(page, reopened))
-
         self._reopen(page, reopened)
         if self.blocks.kept:
             for mark in pool.marks.take(end - first_new):
                 self.blocks.table.append(mark)
-            self._summarise(k, v)
         for slot in pool.native.take(end - first_new):
             self.pages.append(slot)
-        self._write(k, v, before)
-        self._length = after
 
     def replace(
         self, start: int, k: Tensor, v: Tensor, codes: Mapping[str, Codes] | None = None, *, write_down: bool = True

@@ -71,10 +71,15 @@ class StateCheckpoints:
         step = self.every * PAGE
         return (self._length // step + 1) * step
 
-    def update(self, length: int, state: Mapping[str, Tensor]) -> None:
+    def update(self, length: int, state: Mapping[str, Tensor], *, owned: bool = False) -> None:
         """Take the state after `length` tokens as the latest one.
 
         The one before it is kept if it lies at a boundary or was committed.
+
+        Args:
+            length: tokens that it has seen.
+            state: its tensors.
+            owned: whether nobody else writes to them, so that they need not be copied.
 
         Raises:
             PoolExhaustedError: the budget has no room for it; nothing was changed.
@@ -85,7 +90,8 @@ class StateCheckpoints:
         self._charge(size, [] if old is None else [old])
         if old is not None:
             self._kept.pop(old).holders -= 1
-        self._kept[length] = _State({name: tensor.detach().clone() for name, tensor in state.items()})
+        held = {name: tensor.detach() if owned else tensor.detach().clone() for name, tensor in state.items()}
+        self._kept[length] = _State(held)
         self._length = length
 
     def commit(self) -> None:

@@ -29,6 +29,8 @@ class SlotTable:
         self._others = sum(not 0 <= slot < NATIVE for slot in self.slots)
         self._breaks: list[int] | None = None
         self._tensor: Tensor | None = None
+        self.version = 0
+        """Changes whenever a page that was there has another slot, or is there no more."""
 
     @property
     def plain(self) -> bool:
@@ -45,14 +47,13 @@ class SlotTable:
             self._breaks.append(len(self.slots))
         self.slots.append(slot)
         self._others += not 0 <= slot < NATIVE
-        self._tensor = None
 
     def cut(self, pages: int) -> None:
         """Forget every page from `pages` on."""
         if pages < len(self.slots):
             self._others -= self._others and sum(not 0 <= slot < NATIVE for slot in self.slots[pages:])
             del self.slots[pages:]
-            self._tensor = None
+            self._changed()
             while self._breaks and self._breaks[-1] >= pages:
                 self._breaks.pop()
 
@@ -60,12 +61,14 @@ class SlotTable:
         """Give a page another slot."""
         self._others += (not 0 <= slot < NATIVE) - (not 0 <= self.slots[page] < NATIVE)
         self.slots[page] = slot
-        self._breaks = self._tensor = None
+        self._breaks = None
+        self._changed()
 
     def move(self, moved: dict[int, int]) -> None:
         """Follow slots that were moved, from old to new."""
         self.slots = [moved.get(slot, slot) for slot in self.slots]
-        self._breaks = self._tensor = None
+        self._breaks = None
+        self._changed()
 
     def run(self, first: int, last: int) -> int | None:
         """Return the slot of page `first` if the pages `first .. last - 1` lie in neighbouring slots, else None."""
@@ -88,7 +91,14 @@ class SlotTable:
         return self._breaks
 
     def tensor(self, device: torch.device) -> Tensor:
-        """Return the slots as int64 `[pages]`."""
-        if self._tensor is None:
-            self._tensor = torch.tensor(self.slots, dtype=torch.int64, device=device)
-        return self._tensor
+        """Return the slots as int64 `[pages]`; what was copied to a device before is not copied again."""
+        held = self._tensor
+        if held is None or held.shape[0] < len(self.slots):
+            start = 0 if held is None else held.shape[0]
+            new = torch.tensor(self.slots[start:], dtype=torch.int64, device=device)
+            held = self._tensor = new if held is None else torch.cat([held, new])
+        return held
+
+    def _changed(self) -> None:
+        self._tensor = None
+        self.version += 1

@@ -62,7 +62,10 @@ class Search:
             n: keys that the query sees at most; anchors that even it has not are left out.
             device: where the table is wanted.
         """
-        return _steps(self.power, self.first_anchor(), n, str(device))
+        first, table = self.first_anchor(), offsets(self.power, n)
+        # One table a power of two: a captured graph reads it for as long as it lives, and so it must stay.
+        whole = _steps(self.power, first, 1 << max(0, n - 1).bit_length(), str(device))
+        return whole[: max(0, bisect.bisect_right(table, n) - first + 1)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Turn:
     """Tokens that the model was trained on."""
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _steps(power: float, first: int, n: int, device: str) -> Tensor:
     table = offsets(power, n)
     return torch.tensor(table[first - 1 : bisect.bisect_right(table, n)], dtype=torch.int32, device=device)
