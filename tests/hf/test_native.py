@@ -139,6 +139,28 @@ def test_other_equations_are_run_by_the_modules(tmp_path, family, changed):
     assert CausalModel(family, modules.model, modules.tokenizer, native=True).native is None
 
 
+def test_adapters_and_quantised_weights_are_left_to_the_modules(models):
+    modules = models("llama")[1].model
+    layer = modules.model.layers[0].mlp
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    before = layer.down_proj
+    layer.down_proj = Adapted(1, 1)
+    Adapted.__module__ = "peft.tuners"
+    try:
+        assert CausalModel("llama", modules, None, native=True).native is None
+    finally:
+        layer.down_proj = before
+    modules.config.quantization_config = {"bits": 4}
+    try:
+        assert CausalModel("llama", modules, None, native=True).native is None
+    finally:
+        del modules.config.quantization_config
+    assert CausalModel("llama", modules, None, native=True).native is not None
+
+
 def test_on_a_cpu_modules_run_unless_asked(models):
     assert models("llama")[1].native is None
 

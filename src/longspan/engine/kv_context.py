@@ -121,16 +121,23 @@ class KVContext(Context):
         """Plan the memory of a context of so many tokens in all, and set aside what its pages take.
 
         Returns:
-            The plan; None: nothing is planned on a CPU, or where transformers' modules run.
+            The plan; None: nothing is planned on a CPU, where transformers' modules run, or where a budget, a window or
+            a smaller format bounds what is held.
 
         Raises:
             PoolExhaustedError: it does not fit the device; the message says what does. Nothing was set aside.
         """
         if self.kept is not None or self.model.native is None or self.model.device.type != "cuda":
             return None
+        if self.budget.limited or self.dropped(tokens) != (0, 0):
+            return None  # memory is bounded otherwise
+        if not all(kv.pages.plain and kv.pool.format is kv.pool.native.format for kv in self.layers):
+            return None
         from longspan.engine import memory_plan
 
-        memory, reads = memory_plan.available(self.model.device), self.reads_by(tokens)
+        held = sum(kv.pool.nbytes for kv in self.layers) + self.recurrence.nbytes
+        held += sum(kv.mirror.held.nbytes for kv in self.layers if kv.mirror.length)
+        memory, reads = memory_plan.available(self.model, held), self.reads_by(tokens)
         found = memory_plan.check(self.model, reads, tokens, memory)
         self._planned = memory_plan.chunk_for(self.model, reads, tokens, memory)
         pages = -(-tokens // PAGE)

@@ -63,14 +63,20 @@ def plan(model: CausalModel, mechanism: Mechanism, tokens: int, chunk: int) -> M
     state = sum(shape.numel() * dtype.itemsize for shape, dtype in _state(model))
     every = max(1, tokens // chunk)
     kept = min(every * state, max(STATES, 2 * state)) + 2 * state if state else 0
-    weights = sum(parameter.nbytes for parameter in model.model.parameters())
-    return MemoryPlan(weights, kv, kept, _workspace(model, mechanism, min(chunk, tokens)))
+    return MemoryPlan(_weights(model), kv, kept, _workspace(model, mechanism, min(chunk, tokens)))
 
 
-def available(device: torch.device) -> int:
-    """Return the bytes of a GPU that this process may take, what it holds already included."""
+def available(model: CausalModel, held: int) -> int:
+    """Return the bytes that a GPU has for a model and one context: what is free, and what the two hold already.
+
+    Args:
+        model: it is on the GPU.
+        held: bytes that the context holds.
+    """
+    device = model.device
     free, whole = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - _SLACK * whole)
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + spare - _SLACK * whole) + _weights(model) + held
 
 
 def chunk_for(model: CausalModel, mechanism: Mechanism, tokens: int, bytes_: int) -> int:
@@ -99,6 +105,10 @@ def check(model: CausalModel, mechanism: Mechanism, tokens: int, bytes_: int) ->
     parts = ", ".join(f"{name} {_gib(value)}" for name, value in asdict(found).items())
     fitting = f"{least * PAGE:,} tokens fit" if least else "not even one page fits"
     raise PoolExhaustedError(f"{told} ({parts}): {fitting}")
+
+
+def _weights(model: CausalModel) -> int:
+    return sum(parameter.nbytes for parameter in model.model.parameters())
 
 
 def _gib(count: int) -> str:

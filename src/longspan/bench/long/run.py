@@ -183,16 +183,18 @@ def _floors(model: CausalModel, mechanism: Mechanism, length: int) -> tuple[floa
     """Return the FLOPs of reading a context, and the bytes of a decode step after it."""
     stack = model.native
     assert stack is not None
-    active = sum(parameter.numel() for parameter in model.model.parameters())
-    active -= stack.embedding.numel()
+    body = sum(parameter.numel() for parameter in model.model.parameters()) - stack.embedding.numel()
+    if stack.head.data_ptr() != stack.embedding.data_ptr():
+        body -= stack.head.numel()
     for _, block in stack.sublayers:
         if isinstance(block, Experts):
             each = (block.up.numel() + block.down.numel()) // block.up.shape[0]
-            active -= each * (block.up.shape[0] - block.routing.top)
+            body -= each * (block.up.shape[0] - block.routing.top)
     cost = mechanism.cost(length, model.dimensions.shape(model.dtype.itemsize))
     states = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in model.state_spec.values())
-    flops = 2.0 * (active - stack.head.numel()) * length + model.dimensions.layers * cost.prefill_flops
-    return flops, active * model.dtype.itemsize + 2.0 * states + model.dimensions.layers * cost.decode_bytes
+    flops = 2.0 * body * length + model.dimensions.layers * cost.prefill_flops
+    read = (body + stack.head.numel()) * model.dtype.itemsize + 2.0 * states
+    return flops, read + model.dimensions.layers * cost.decode_bytes
 
 
 def _short(value: Any) -> Any:

@@ -13,11 +13,21 @@ from typing import Any
 from longspan.hf.native import decoder, nemotron_h
 from longspan.hf.native.stack import Stack
 
+_OWN = ("transformers.", "torch.nn.", "longspan.")
+"""Where the classes of a model's modules come from if nobody changed them."""
+
 __all__ = ["Stack", "native_of"]
 
 
 def native_of(model: Any) -> Stack | None:
-    """Return a model's native forward, or None where its equations are not known here."""
+    """Return a model's native forward, or None where its equations are not known here, or its modules are not its own.
+
+    What adapters and quantised weights put in their place would be left out.
+    """
+    if getattr(model.config, "quantization_config", None) is not None or not all(
+        type(module).__module__.startswith(_OWN) for module in model.modules()
+    ):
+        return None
     if nemotron_h.fits(model):
         return nemotron_h.stack(model)
     return decoder.stack(model) if decoder.fits(model) else None
