@@ -9,6 +9,9 @@ import sys
 import torch
 from chip import pretend, zeros
 
+from longspan.kernels.append import Place
+from longspan.kernels.append import triton_kernels as append
+from longspan.kernels.dense_decode import triton_kernels as dense_decode
 from longspan.kernels.held import Held
 from longspan.kernels.span_attention import launch as spans
 from longspan.kernels.superlinear import Search, triton_decode, triton_prefill
@@ -25,6 +28,12 @@ q, lengths = zeros(1, 32, DIM), torch.tensor([pages * 64])
 for search in (Search(2024), Search(2024, gate="routed", share="group", sinks=4)):
     triton_decode.decode(q, k, k, lengths, search, scale=0.1, early=HOPPER)
 triton_decode.decode(q, mixed, mixed, lengths, Search(2024), scale=0.1, early=HOPPER)
+dense_decode.decode(
+    q, k, k, lengths, scale=0.1, stages=3 if HOPPER else 2, per_token=zeros(DIM // 2, dtype=torch.float64)
+)
+rows, weight = zeros(1, 36 * DIM), zeros(DIM)
+place = Place(k.rows, k.rows, table, zeros(1, 2, 4 * 64, DIM), zeros(DIM // 2, dtype=torch.float64))
+append.append(rows, place, lengths, q_weight=weight, k_weight=weight, eps=1e-6)
 queries, tokens = 64, 8192
 k = Held(zeros(1, 2, tokens, DIM))
 rows = zeros(1, 2, 16 * queries * 3, dtype=torch.int32)

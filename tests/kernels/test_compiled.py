@@ -16,7 +16,7 @@ SHARED = {86: 99 << 10, 90: 227 << 10}
 
 
 KERNELS = {
-    "superlinear": {"parts_kernel", "search_kernel", "_span_attention_kernel"},
+    "superlinear": {"parts_kernel", "share_kernel", "append_kernel", "search_kernel", "_span_attention_kernel"},
     "experts": {"_grouped_kernel", "_place_kernel", "_up_kernel", "_down_kernel", "_gemv_kernel"},
     "mamba": {"_steps_kernel", "_walk_kernel"},
 }

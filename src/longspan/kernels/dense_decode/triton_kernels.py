@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.kernels.held import Held
 from longspan.kernels.held_triton import load_rows
 from longspan.kernels.superlinear.triton_decode import _rotated, merge_kernel
+from longspan.kernels.tiles import roomy
 
 _LOG2E = 1.4426950408889634
 _PROGRAMS, _KEYS = 512, 512
@@ -80,7 +81,7 @@ def share_kernel(
 
 def decode(
     q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float, per_token: Tensor | None = None,
-    splits: int | None = None, stages: int = 3,
+    splits: int | None = None, stages: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend from the newest token of every sequence; see `reference.decode`, and beyond it:
 
@@ -92,7 +93,7 @@ def decode(
         scale: as there.
         per_token: as there.
         splits: into how many shares keys are cut; None: as Hopper likes it.
-        stages: blocks of keys that are on their way at once.
+        stages: blocks of keys that are on their way at once; None: as the chip has room for.
     """
     sequences, heads, dim = q.shape
     group, value_dim = heads // k.heads, v.dim
@@ -102,6 +103,8 @@ def decode(
         rows = k.heads * sequences
         programs = _PROGRAMS if k.capacity * rows >= _PROGRAMS * _KEYS else _PROGRAMS // 2
         splits = max(1, min(triton.cdiv(k.capacity, keys), programs // rows, 256))
+    if stages is None:
+        stages = 3 if roomy(q.device) else 2
     part_out = torch.empty(sequences, heads, splits, value_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
