@@ -227,7 +227,7 @@ def _fail(context, at, chunk):
             raise RuntimeError("the disk of a swapped page, say")
         return real(self, *args, **kwargs)
 
-    def refuse(self, length, state, *, owned):
+    def refuse(self, *_):
         raise PoolExhaustedError("no room")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((RuntimeError, PoolExhaustedError)):

@@ -97,7 +97,7 @@ class Recurrence:
         `owned`: nobody else writes to its tensors, which are then not copied.
         """
         if self._kept is not None:
-            self._kept.update(length, {name: state[name] for name in self.spec}, owned=owned)
+            self._kept.update(length, {name: state[name] for name in self.spec}, owned)
 
     def commit(self) -> None:
         """Say that the tokens so far were read for good."""

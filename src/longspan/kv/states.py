@@ -71,7 +71,7 @@ class StateCheckpoints:
         step = self.every * PAGE
         return (self._length // step + 1) * step
 
-    def update(self, length: int, state: Mapping[str, Tensor], *, owned: bool = False) -> None:
+    def update(self, length: int, state: Mapping[str, Tensor], owned: bool = False) -> None:
         """Take the state after `length` tokens as the latest one.
 
         The one before it is kept if it lies at a boundary or was committed.
