@@ -3,8 +3,8 @@
 Reciprocal rank fusion (G. Cormack, C. Clarke, S. Büttcher, SIGIR 2009, doi:10.1145/1571941.1572114): a thing scores the
 sum of `1 / (60 + rank)` over the rankings, ranks counted from 1. Scores of different kinds (BM25, cosines) are never
 compared with one another, only places. What differs from the paper: a thing that a ranking lacks stands directly behind
-its last, instead of getting nothing from it. BM25 ranks only what shares a word; any such passage would stand before all
-that meaning alone finds. It does not know what is ranked.
+its last, instead of getting nothing from it. BM25 ranks only what shares a word; any such passage would stand before
+all that meaning alone finds. It does not know what is ranked.
 """
 
 from __future__ import annotations
