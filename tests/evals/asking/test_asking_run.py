@@ -222,7 +222,7 @@ def test_what_a_setup_can_not_do_is_refused():
     for setup, told in ((Setup(order="first"), "--order first"), (Setup(context="summary"), "--context summary")):
         with pytest.raises(UsageError, match=f"{told} changes what is right in cwe: use it with niah_single_1, "):
             plan(replace(GIVEN, tasks=["vt", "cwe"], setup=setup), at(Scripted()))
-    with pytest.raises(UsageError, match="by=heads needs a model's retrieval heads, and scripted shows none"):
+    with pytest.raises(UsageError, match="by=heads needs a model's heads or states, and scripted shows none"):
         plan(replace(GIVEN, setup=Setup(context="retrieved:by=heads")), at(Scripted()))
 
 
@@ -232,7 +232,7 @@ def test_what_a_setup_can_not_do_is_refused():
         ({"question": "never"}, "--question 'never' is none of after"),
         ({"order": "middle"}, "--order 'middle' is none of kept"),
         ({"context": "half"}, "--context 'half' is none of full, retrieved, summary"),
-        ({"context": "retrieved:by=luck"}, "by=luck is unknown: use lexical or heads"),
+        ({"context": "retrieved:by=luck"}, "by=luck is unknown: use lexical, dense, hybrid or heads"),
         ({"context": "retrieved:passages=0"}, "passages=0 is too small"),
         ({"context": "summary:chunk=0"}, "chunk=0 is too small"),
         ({"context": "summary:words=9"}, "has no option 'words'; its options: chunk, focused, tokens"),
