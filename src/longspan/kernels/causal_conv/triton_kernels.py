@@ -2,7 +2,8 @@
 
 A program takes blocks of tokens of some channels, and reads each block once for each tap: device memory brings it once,
 the first cache the other times. The taps' weights stay in registers from block to block. Programs of neighbouring
-channels are neighbours, so that rows are read whole. The programs of the last tokens also write the new state.
+channels are neighbours, so that rows are read whole. What touches a state, the first tokens and the new state, is a
+small launch of its own: within the first kernel it costs registers, and so the loads that hide each other's waits.
 """
 
 from __future__ import annotations
@@ -27,16 +28,15 @@ class Tile:
 
 @triton.jit
 def _causal_conv_kernel(
-    p_x, p_weight, p_bias, p_state, p_y, p_newest,
-    s_x_batch, s_x_token, s_state_batch, s_state_channel, s_weight, tokens,
+    p_x, p_weight, p_bias, p_y, s_x_batch, s_x_token, s_weight, tokens,
     C: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
-    BIAS: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr,
+    BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
+    """Convolve blocks of tokens, as if inputs before the first were 0."""
     i_c, i_t, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_c, o_t = i_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_T)
     m_c = o_c < C
     p_x += i_batch * s_x_batch
-    p_state += i_batch * s_state_batch
     p_weight += o_c * s_weight
     b_bias = tl.zeros([BLOCK_C], tl.float32)
     if BIAS:
@@ -51,28 +51,48 @@ def _causal_conv_kernel(
             m = m_c[None, :] & ((first + o_at >= 0) & m_t)[:, None]
             b_x = tl.load(p_tile + o_at[:, None] * s_x_token, mask=m, other=0.0).to(tl.float32)
             b_y += b_x * tl.load(p_weight + w, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        if STATE:  # noqa: SIM102 - known when it is compiled, unlike the other
-            if first < W - 1:
-                for j in range(W - 1):
-                    o_old = first + o_t + j  # place in the state
-                    m_old = m_c[None, :] & (o_old < W - 1)[:, None]
-                    p_old = p_state + o_c[None, :] * s_state_channel + o_old[:, None]
-                    b_old = tl.load(p_old, mask=m_old, other=0.0).to(tl.float32)
-                    b_y += b_old * tl.load(p_weight + j, mask=m_c, other=0.0).to(tl.float32)[None, :]
         if SILU:
             b_y = b_y * tl.sigmoid(b_y)
         p_out = p_y + (i_batch * tokens + first) * C + o_t[:, None] * C + o_c[None, :]
         tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_c[None, :] & m_t[:, None])
-    if (i_t + 1) * BLOCKS * BLOCK_T >= tokens:
-        for w in tl.static_range(W - 1):
-            t = tokens - (W - 1) + w
-            b_new = tl.zeros([BLOCK_C], p_newest.dtype.element_ty)
-            if t >= 0:
-                b_new = tl.load(p_x + t.to(tl.int64) * s_x_token + o_c, mask=m_c, other=0.0)
-            elif STATE:
-                b_kept = tl.load(p_state + o_c * s_state_channel + (W - 1 + t), mask=m_c, other=0.0)
-                b_new = b_kept.to(p_newest.dtype.element_ty)
-            tl.store(p_newest + (i_batch * C + o_c) * (W - 1) + w, b_new, mask=m_c)
+
+
+@triton.jit
+def _edges_kernel(
+    p_x, p_weight, p_bias, p_state, p_y, p_newest,
+    s_x_batch, s_x_token, s_state_batch, s_state_channel, s_weight, tokens,
+    C: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIAS: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Write the new state and, where there was one, the first W - 1 tokens that see it."""
+    i_batch = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_x += i_batch * s_x_batch + o_c
+    p_state += i_batch * s_state_batch + o_c * s_state_channel
+    if STATE:
+        for t in tl.static_range(W - 1):
+            m = m_c & (tokens > t + o_c * 0)  # the comparison as a block: which the interpreter needs
+            b_y = tl.zeros([BLOCK_C], tl.float32)
+            if BIAS:
+                b_y += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+            for w in tl.static_range(W):
+                if t + w < W - 1:
+                    b_in = tl.load(p_state + (t + w), mask=m_c, other=0.0).to(tl.float32)
+                else:
+                    b_in = tl.load(p_x + (t + w - (W - 1)) * s_x_token, mask=m, other=0.0).to(tl.float32)
+                b_y += b_in * tl.load(p_weight + o_c * s_weight + w, mask=m_c, other=0.0).to(tl.float32)
+            if SILU:
+                b_y = b_y * tl.sigmoid(b_y)
+            tl.store(p_y + (i_batch * tokens + t) * C + o_c, b_y.to(p_y.dtype.element_ty), mask=m)
+    for w in tl.static_range(W - 1):
+        at = tokens - (W - 1) + w
+        b_new = tl.zeros([BLOCK_C], p_newest.dtype.element_ty)
+        if at >= 0:
+            b_new = tl.load(p_x + at.to(tl.int64) * s_x_token, mask=m_c, other=0.0)
+        elif STATE:
+            b_new = tl.load(p_state + (W - 1 + at), mask=m_c, other=0.0).to(p_newest.dtype.element_ty)
+        tl.store(p_newest + (i_batch * C + o_c) * (W - 1) + w, b_new, mask=m_c)
 
 
 @triton.jit
@@ -144,12 +164,17 @@ def causal_conv(
     block_t = min(tile.tokens, triton.next_power_of_2(tokens))
     block_c = min(tile.channels, triton.next_power_of_2(channels))
     pieces = triton.cdiv(tokens, block_t * tile.blocks)
+    taps = {"C": channels, "W": width, "BIAS": bias is not None, "SILU": activation == "silu"}
     _causal_conv_kernel[(triton.cdiv(channels, block_c), pieces, batch)](
-        x, weight, weight if bias is None else bias, x if held is None else held, y, newest,
-        x.stride(0), x.stride(1), *((0, 0) if held is None else held.stride()[:2]), weight.stride(0), tokens,
-        C=channels, W=width, BLOCK_T=block_t, BLOCK_C=block_c, BLOCKS=tile.blocks,
-        BIAS=bias is not None, STATE=held is not None and width > 1, SILU=activation == "silu", num_warps=tile.warps,
+        x, weight, weight if bias is None else bias, y, x.stride(0), x.stride(1), weight.stride(0), tokens,
+        BLOCK_T=block_t, BLOCK_C=block_c, BLOCKS=tile.blocks, **taps, num_warps=tile.warps,
     )  # fmt: skip
+    if width > 1:
+        _edges_kernel[(triton.cdiv(channels, block_c), batch)](
+            x, weight, weight if bias is None else bias, x if held is None else held, y, newest,
+            x.stride(0), x.stride(1), *((0, 0) if held is None else held.stride()[:2]), weight.stride(0), tokens,
+            BLOCK_C=block_c, STATE=held is not None, **taps, num_warps=1,
+        )  # fmt: skip
     return y, newest
 
 

@@ -35,10 +35,10 @@ def _step_kernel(
     s_weight, s_conv_batch, s_conv_channel, s_state_batch, s_state_head, heads, each, low, high,
     P: tl.constexpr, B_P: tl.constexpr, N: tl.constexpr, B_N: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr,
     SHARED: tl.constexpr, CONVOLVE: tl.constexpr, CONV_BIAS: tl.constexpr, SILU: tl.constexpr, SKIP: tl.constexpr,
-    BIAS: tl.constexpr, LIMIT: tl.constexpr, EARLY: tl.constexpr,
+    BIAS: tl.constexpr, LIMIT: tl.constexpr, FINE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Take a token into B_P rows of one head's state. CONVOLVE: x, B and C lie together as the convolution's channels,
-    from `p_x` on: INNER of x, then SHARED of B, then as many of C.
+    from `p_x` on: INNER of x, then SHARED of B, then as many of C. FINE: the time step is made in float64.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -62,14 +62,16 @@ def _step_kernel(
         b_x = tl.load(p_x + i_batch * s_x_batch + i_head * s_x_head + o_p, mask=m_p, other=0.0).to(tl.float32)
         b_b = tl.load(p_b + i_batch * s_b_batch + i_group * s_b_group + o_n, mask=m_n, other=0.0).to(tl.float32)
         b_c = tl.load(p_c + i_batch * s_c_batch + i_group * s_c_group + o_n, mask=m_n, other=0.0).to(tl.float32)
-    dt = tl.load(p_dt + i_batch * s_dt_batch + i_head * s_dt_head).to(tl.float32)
+    wide: tl.constexpr = tl.float64 if FINE else tl.float32
+    dt = tl.load(p_dt + i_batch * s_dt_batch + i_head * s_dt_head).to(wide)
     if BIAS:
-        dt += tl.load(p_bias + i_head).to(tl.float32)
+        dt += tl.load(p_bias + i_head).to(wide)
     dt = softplus(dt)
     if LIMIT:
         dt = tl.minimum(tl.maximum(dt, low), high)
-    keep = tl.exp(dt * tl.load(p_a + i_head).to(tl.float32))
-    b_state = b_state * keep + (b_x * dt)[:, None] * b_b[None, :]
+    keep = tl.exp(dt * tl.load(p_a + i_head).to(wide)).to(tl.float32)
+    b_state = b_state * keep + (b_x * dt.to(tl.float32))[:, None] * b_b[None, :]
+    tl.debug_barrier()  # several threads hold the same numbers of a small state: all must have read before one writes
     tl.store(p, b_state, mask=m_p[:, None] & m_n[None, :])
     b_y = tl.sum(b_state * b_c[None, :], 1)
     if SKIP:
@@ -206,5 +208,6 @@ def _launch(
         P=dim, B_P=block_p, N=size, B_N=triton.next_power_of_2(size),
         W=1 if convolution is None else weight.shape[1], INNER=heads * dim, SHARED=groups * size,
         CONVOLVE=convolution is not None, CONV_BIAS=bias is not None, SILU=silu,
-        SKIP=D is not None, BIAS=dt_bias is not None, LIMIT=dt_limit != NO_LIMIT, EARLY=early, num_warps=4,
+        SKIP=D is not None, BIAS=dt_bias is not None, LIMIT=dt_limit != NO_LIMIT,
+        FINE=inputs[0].dtype == torch.float32, EARLY=early, num_warps=4,
     )  # fmt: skip
