@@ -25,8 +25,8 @@ from longspan.kernels.mamba2.reference import NO_LIMIT
 from longspan.kernels.tiles import hopper, roomy
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_PROGRAMS = 256
-"""Programs that are to run: two on each of Hopper's multiprocessors."""
+_PROGRAMS = 512
+"""Programs that are to run: four for each of Hopper's multiprocessors, two at a time."""
 
 
 @dataclass(frozen=True)
