@@ -2,6 +2,7 @@
 
 import pytest
 
+from longspan.engine import llm as engine
 from longspan.errors import UsageError
 from longspan.sessions import upkeep
 from longspan.sessions.session import Session
@@ -72,3 +73,28 @@ def test_a_session_of_nobody_can_not_be_asked():
         Session("x").ask("And?")
     with Session("x") as session:
         assert session.fork().name is None
+
+
+def test_reading_is_saved_on_the_way(make_llm, text, monkeypatch):
+    monkeypatch.setattr(engine, "COMMIT_EVERY", 0.0)
+    llm, lengths = make_llm("dense"), []
+    session = llm.session("long")
+    llm.add_text(session, text * 3, "codes.txt")
+
+    def killed(what, done, total):
+        if llm.store.exists("long"):
+            lengths.append(make_llm("dense").session("long").memory.length)
+        if len(lengths) == 2:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        llm.prefill(session, killed)
+    assert 0 < lengths[0] < lengths[1]
+    other = make_llm("dense")
+    restored = other.session("long")
+    assert other.prefill(restored).cached_tokens == lengths[-1]
+    whole = make_llm("dense", reuse=False)
+    expected = whole.session()
+    whole.add_text(expected, text * 3, "codes.txt")
+    question = "What is the code of the tower?"
+    assert other.ask(question, restored, max_tokens=8).text == whole.ask(question, expected, max_tokens=8).text

@@ -27,7 +27,7 @@ from longspan.engine.generation import Answer, Generation, Stats, decode
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
 from longspan.engine.sampler import SamplingParams
-from longspan.errors import Cancelled, ContextTooLongError, LongspanError, ModelError, UsageError
+from longspan.errors import Cancelled, ContextTooLongError, LongspanError, ModelError, SaveError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
@@ -43,6 +43,8 @@ from longspan.sessions.store import JSON, SessionStore
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many tokens are done, and how many there are."""
 
+COMMIT_EVERY = 30.0
+"""Seconds of reading after which a session with a name is saved on the way."""
 _AUTO = "auto"
 _CITED = 4
 _LETTERS = 8
@@ -235,12 +237,15 @@ class LLM:
     def prefill(self, session: Session, progress: Progress | None = None) -> Stats:
         """Run through the model what the session holds and it has not read yet.
 
+        A session with a name is saved on the way, about every half minute: what was read before a crash stays.
+
         Raises:
             Cancelled: Ctrl-C; the chunks read so far stay, and another call goes on from there.
         """
         stats = Stats()
         done = wanted = 0
         started = time.perf_counter()
+        pace = saving.Pace(COMMIT_EVERY)
 
         def tick(count: int) -> None:
             nonlocal done
@@ -248,6 +253,12 @@ class LLM:
             stats.read_tokens += count
             if progress and count:
                 progress("reading", done, wanted)
+            if session.name is not None and done < wanted and pace.due():
+                try:
+                    pace.commit(lambda: self.save(session))
+                except SaveError as error:  # told again, and raised, when all is read and saved
+                    self._say(str(error))
+                    pace.seconds = float("inf")
 
         try:
             context = self._memory(session, self.mechanism_for(session), progress)

@@ -7,6 +7,7 @@ reads documents (`prefill`), how keys and values are kept (`kv`), the number typ
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -89,6 +90,25 @@ def save(
         ttl=ttl,
     )
     session.saved_length = -1 if memory is None else memory.length
+
+
+class Pace:
+    """When reading that takes long is committed on the way: every so often, for a twentieth of the time at most."""
+
+    def __init__(self, seconds: float) -> None:
+        """Take the least time between two commits."""
+        self.seconds, self._cost, self._last = seconds, 0.0, time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.perf_counter() - self._last > max(self.seconds, 20 * self._cost)
+
+    def commit(self, save: Callable[[], None]) -> None:
+        """Save, and note how long that took."""
+        started = time.perf_counter()
+        save()
+        self._last = time.perf_counter()
+        self._cost = self._last - started
 
 
 def fork(store: SessionStore, source: Session, name: str | None) -> bool:

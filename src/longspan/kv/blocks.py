@@ -37,7 +37,7 @@ class BlockSummaries:
     def fork(self) -> BlockSummaries:
         """Return summaries in the same slots (the caller counts the references)."""
         other = BlockSummaries(self.pool)
-        other.table, other.asked = SlotTable(self.table.slots), dict(self.asked)
+        other.table, other.asked = self.table.copy(), dict(self.asked)
         return other
 
     def truncate(self, length: int) -> None:

@@ -215,19 +215,19 @@ class PagedKV(PageResolver):
         """
         other = PagedKV(self.pool, self.rotary, self.budget if budget is None else budget)
         other.memory = None if self.memory is None else self.memory.fork(other.budget)
-        shared = list(self._referred())
+        shared = self._referred_by_plane()
         try:
-            other.budget.charge(sum(plane.page_bytes for plane, _ in shared), 0)
+            other.budget.charge(sum(plane.page_bytes * len(slots) for plane, slots in shared.items()), 0)
         except PoolExhaustedError:
             other.free()
             raise
-        for plane, slot in shared:
-            plane.share([slot])
+        for plane, slots in shared.items():
+            plane.share(slots)
         for handle in self.exact.values():
             below, slot = self.pool.find_below(handle)
             below.share([slot])
         other.reads_below = self.reads_below
-        other.pages, other.blocks, other.mirror = SlotTable(self.table), self.blocks.fork(), self.mirror.fork()
+        other.pages, other.blocks, other.mirror = self.pages.copy(), self.blocks.fork(), self.mirror.fork()
         other.exact, other.rounded = dict(self.exact), set(self.rounded)
         other._written, other._fresh = self._written, self._fresh
         other._length, other._committed = self._length, self._committed

@@ -87,9 +87,10 @@ class Plane:
 
     def share(self, slots: Iterable[int]) -> None:
         """Count one more reference to each slot."""
+        references = self.references
         for slot in slots:
-            assert self.references[slot] > 0, "a free slot was shared"
-            self.references[slot] += 1
+            assert references[slot] > 0, "a free slot was shared"
+            references[slot] += 1
 
     def release(self, slots: Iterable[int]) -> None:
         """Count one reference less to each slot; those without any are free and their contents lost."""

@@ -32,6 +32,12 @@ class SlotTable:
         self.version = 0
         """Changes whenever a page that was there has another slot, or is there no more."""
 
+    def copy(self) -> SlotTable:
+        """Return a table of the same slots."""
+        other = SlotTable()
+        other.slots, other._others = self.slots.copy(), self._others
+        return other
+
     @property
     def plain(self) -> bool:
         """Whether every page is held, in the native plane."""

@@ -33,6 +33,19 @@ class PageWriter(PageReader):
         yield from (self.pool.find(handle) for handle in self.table if handle != DROPPED)
         yield from ((self.pool.marks, mark) for mark in self.blocks.table.slots if mark != DROPPED)
 
+    def _referred_by_plane(self) -> dict[Plane, list[int]]:
+        """Return the same slots by plane: a context of 100 thousand tokens has fifty thousand in a model's layers."""
+        marks = self.blocks.table.slots
+        found: dict[Plane, list[int]] = {self.pool.marks: [mark for mark in marks if mark != DROPPED]}
+        if self.pages.plain:
+            found[self.pool.native] = self.table
+            return found
+        for handle in self.table:
+            if handle != DROPPED:
+                plane, slot = self.pool.find(handle)
+                found.setdefault(plane, []).append(slot)
+        return found
+
     def _charge(self, takes: Mapping[Plane, int], gives: Slots, *, only_try: bool = False) -> None:
         """Count slots that will be taken and given back, before anything is changed (PoolExhaustedError).
 

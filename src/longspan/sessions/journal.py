@@ -82,6 +82,7 @@ class Journal:
     """Every commit, oldest first: the segment that it lies in, and its record."""
     tail: int = 0
     """Bytes behind the last commit, which an interrupted write left."""
+    _handles: list[int] = field(default_factory=list)
     _rows: list[tuple[int, Record]] = field(default_factory=list)
     _streams: dict[tuple[str, ...], dict[int, Place]] | None = None
 
@@ -110,7 +111,7 @@ class Journal:
         if path is None:
             raise MissingError(place, "holds no journal")
         journal = cls(path.parent)
-        weakref.finalize(journal, _close, journal.segments)
+        weakref.finalize(journal, _close, journal._handles)
         journal._open(path, acknowledged, named=not alone, whole=whole, until=until)
         return journal
 
@@ -180,7 +181,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the files; what was read stays."""
-        _close(self.segments)
+        _close(self._handles)
 
     def _open(
         self, path: Path, acknowledged: tuple[str, int] | None, *, named: bool, whole: bool, until: int | None
@@ -217,6 +218,7 @@ class Journal:
             handle = files.open_to_read(path)
         except FileNotFoundError as error:
             raise MissingError(path, "is missing") from error
+        self._handles.append(handle)
         try:
             size = os.fstat(handle).st_size
             if stop is not None and size < stop:
@@ -225,11 +227,7 @@ class Journal:
             if named and path.name[7:23] != f"{salt:016x}":
                 raise DamageError(path, "bears another segment's name")
         except BrokenError as error:
-            os.close(handle)
             raise DamageError(path, str(error), error.at) from error
-        except BaseException:
-            os.close(handle)
-            raise
         return Segment(path, handle, salt, size if stop is None else stop), before
 
     def _read(self, index: int) -> BrokenError | None:
@@ -400,10 +398,8 @@ def _follows(segment: Segment, at: int) -> bool:
     return False
 
 
-def _close(segments: list[Segment]) -> None:
+def _close(handles: list[int]) -> None:
     """Close every file; each once."""
-    handles = {segment.handle for segment in segments}
-    segments.clear()
-    for handle in handles:
+    while handles:
         with contextlib.suppress(OSError):
-            os.close(handle)
+            os.close(handles.pop())

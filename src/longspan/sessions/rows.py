@@ -8,6 +8,8 @@ This module knows nothing of files; torch is imported where a tensor is touched.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -176,12 +178,24 @@ class Target:
         if len(sizes) != len(numbers):
             raise ValueError("rows")
         with torch.inference_mode(False):
-            return cls(numbers, sizes, torch.empty(total, dtype=torch.uint8), dtype, shape, axis)
+            return cls(numbers, sizes, _memory(total), dtype, shape, axis)
 
     def tensor(self) -> Tensor:
         """Return the tensor that was saved, over the same memory."""
         made = self.flat.view(self._dtype).view(self._shape)
         return made if self._axis is None else made.movedim(0, self._axis)
+
+
+def _memory(count: int) -> Tensor:
+    """Return so many bytes of new memory, in large pages where the system has them: small ones take time to make."""
+    import torch
+
+    if count < PIECE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=torch.uint8)
+    made = mmap.mmap(-1, count)
+    with contextlib.suppress(OSError):
+        made.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(made, dtype=torch.uint8)
 
 
 def memory_of(flat: Tensor) -> memoryview:

@@ -7,6 +7,7 @@ ahead what will be read. It knows nothing of names or locks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from longspan.sessions import prefixes
@@ -17,8 +18,8 @@ from longspan.sessions.rows import PIECE, Piece, Target, memory_of, text_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_AHEAD = 32 * 2**20
-"""Bytes that the system is told of before they are read."""
+_READERS = 2
+"""Threads that read one tensor's rows."""
 
 
 class StoredTensors(Mapping[str, "Tensor"]):
@@ -81,14 +82,27 @@ def read_rows(
     places = located(journal, stream, numbers)
     if sizes is not None and [place.size for place in places] != list(sizes):
         raise DamageError(journal.last.path, f"holds rows of {stream[-1]!r} that do not fit together")
-    done = told = 0
-    for run in runs(places):
-        count = sum(place.size for place in run)
-        if told <= done:
-            journal.ahead(run[0], 2 * _AHEAD)
-            told = done + _AHEAD
-        journal.read(run, into[done : done + count])
-        done += count
+    if len(into) <= PIECE:
+        done = 0
+        for run in runs(places):
+            count = sum(place.size for place in run)
+            journal.read(run, into[done : done + count])
+            done += count
+        return
+    # Two at a time: one is checked, and its memory made, while the disk gives the other.
+    with ThreadPoolExecutor(_READERS) as pool:
+        done, waiting = 0, []
+        for run in runs(places):
+            count = sum(place.size for place in run)
+            waiting.append(pool.submit(journal.read, run, into[done : done + count]))
+            done += count
+        try:
+            for each in waiting:
+                each.result()
+        except BaseException:
+            for each in waiting:
+                each.cancel()
+            raise
 
 
 def read_bytes(journal: Journal, stream: tuple[str, ...], numbers: Sequence[int]) -> bytes:
