@@ -79,11 +79,14 @@ class Rig:
         return self._known[count]
 
 
-def kills(rig: Rig, count: int, rng: random.Random) -> dict[str, Any]:
-    """SIGKILL at random moments in every kind of work."""
+def kills(rig: Rig, count: int, rng: random.Random, seconds: float = 300.0) -> dict[str, Any]:
+    """SIGKILL at random moments in every kind of work, so often or for so long."""
+    started = time.perf_counter()
     out: dict[str, Any] = {"kills": 0, "acknowledged": 0, "lost": 0, "logits_differ": 0, "orphans": 0, "damaged": 0}
     by_kind = dict.fromkeys(KINDS, 0)
     for n in range(count):
+        if time.perf_counter() - started > seconds:
+            break
         kind = KINDS[n % len(KINDS)]
         root = rig.place / f"kill-{n}"
         acknowledged = _killed(rig, kind, root, rng)
@@ -459,8 +462,8 @@ def main() -> None:
             started = time.perf_counter()
             result[part] = parts[part](rig)
             print(f"{part}: {time.perf_counter() - started:.1f} s: {json.dumps(result[part])}", flush=True)
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if out is not None:
+                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
