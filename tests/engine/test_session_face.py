@@ -2,7 +2,7 @@
 
 import pytest
 
-from longspan.engine import llm as engine
+from longspan.engine import saving
 from longspan.errors import UsageError
 from longspan.sessions import upkeep
 from longspan.sessions.session import Session
@@ -76,7 +76,7 @@ def test_a_session_of_nobody_can_not_be_asked():
 
 
 def test_reading_is_saved_on_the_way(make_llm, text, monkeypatch):
-    monkeypatch.setattr(engine, "COMMIT_EVERY", 0.0)
+    monkeypatch.setattr(saving.Pace, "due", lambda self: True)
     llm, lengths = make_llm("dense"), []
     session = llm.session("long")
     llm.add_text(session, text * 3, "codes.txt")
