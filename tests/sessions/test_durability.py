@@ -1,4 +1,4 @@
-"""The proof's short form: a few kills, flips, full disks and refusals of `benchmarks/durability.py`, by the same code."""
+"""The proof's short form: a few kills, flips, full disks and refusals, by the code of `benchmarks/durability.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import durability  # noqa: E402
+from benchmarks import durability
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks children and kills them")
 
