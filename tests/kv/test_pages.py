@@ -9,6 +9,7 @@ from longspan.errors import SessionCorruptError, UsageError
 from longspan.kv.base import PAGE, TensorKV
 from longspan.kv.pages import PagedKV, PagePool
 from longspan.kv.rotary import Rotary
+from longspan.kv.tables import SlotTable
 
 HEADS, DIM, VALUE_DIM = 2, 4, 3
 ROTARY = Rotary(torch.tensor([1.0, 0.1]))
@@ -295,3 +296,21 @@ def test_saved_pages_that_do_not_fit_are_refused_and_change_nothing(spoil):
 def test_saved_pages_of_a_longer_context_are_refused():
     with pytest.raises(SessionCorruptError):
         filled(10).restore("", 2 * PAGE, filled(3 * PAGE).tensors(""))
+
+
+def test_slots_on_a_device_are_those_of_the_table():
+    """Only what is new is copied, whatever was appended, cut, put or moved in between."""
+    cpu = torch.device("cpu")
+    table, version = SlotTable([4, 5, 6]), 0
+    changes = [
+        lambda: table.append(9), lambda: table.cut(3), lambda: table.append(1), lambda: table.put(0, 8),
+        lambda: table.append(2), lambda: table.cut(2), lambda: table.move({8: 3}), lambda: table.cut(2),
+        lambda: (table.append(7), table.append(0)), lambda: table.cut(0), lambda: table.append(5),
+    ]  # fmt: skip
+    for change in changes:
+        before = table.slots.copy()
+        change()
+        assert table.tensor(cpu).tolist() == table.slots
+        kept = table.slots[: len(before)] == before
+        assert (table.version == version) == kept
+        version = table.version

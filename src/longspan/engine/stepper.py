@@ -218,8 +218,7 @@ class Stepper:
             version, known = self._synced[i]
             start = known if version == kv.pages.version else 0
             if start < len(kv.table):
-                new = torch.tensor(kv.table[start:], dtype=torch.int64)
-                self._tables[i][0, start : len(kv.table)].copy_(new)
+                self._tables[i][0, start : len(kv.table)].copy_(kv.pages.tensor(self.model.device)[start:])
             self._synced[i] = kv.pages.version, len(kv.table)
 
     def _graph_for(self) -> torch.cuda.CUDAGraph:

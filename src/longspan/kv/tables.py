@@ -59,7 +59,9 @@ class SlotTable:
         if pages < len(self.slots):
             self._others -= self._others and sum(not 0 <= slot < NATIVE for slot in self.slots[pages:])
             del self.slots[pages:]
-            self._changed()
+            self.version += 1
+            # What stays is what it was: a long context is cut after every question.
+            self._tensor = None if self._tensor is None else self._tensor[:pages]
             while self._breaks and self._breaks[-1] >= pages:
                 self._breaks.pop()
 
