@@ -111,6 +111,9 @@ def test_costs_are_told(cli, home) -> None:
     assert (home / "cost.html").read_text(encoding="utf-8").count("data:image/svg+xml") == 2
     code, out, _ = cli("cost", "--tokens", "128K", "--gpu-hour", "2.69")
     assert code == 0 and "rented day and night" in out.lower()
+    code, out, _ = cli("cost", "--tokens", "1M", "--gpu-hour", "2.69")
+    assert code == 0 and "note: whole does not fit: " in out and "note: cached does not fit: " in out
+    assert "retrieval does not fit" not in out and "rented" not in out.lower(), "what can't run is not recommended"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,8 @@ def test_costs_are_told(cli, home) -> None:
         (["--tokens", "many"], "128Ki"), (["--prices-of", "nobody"], "gpt-4.1"), (["--price-in", "-1"], "--price-in"),
         (["--gpu-hour", "-2"], "--gpu-hour"), (["--prices", "none.json"], "none.json"), (["--queries", "0"], "queries"),
         (["--corpus", "1M", "--per-day", "0"], "--per-day"), (["--gpu-hour", "1", "--gpu", "h300"], "h100"),
+        (["--price-in", "1e308"], "--price-in"), (["--gpu-hour", "inf"], "--gpu-hour"),
+        (["--queries", "9" * 400], "queries"), (["--answer", "9" * 400], "answer"),
     ],
 )  # fmt: skip
 def test_nonsense_costs_a_line(cli, options: list[str], told: str) -> None:

@@ -57,6 +57,10 @@ def test_writing_a_cache_and_long_requests_cost_what_they_cost():
     assert tiered.request(1, 300_000, 0) == pytest.approx(2.5e-6 + 0.075)
 
 
+def test_reading_for_nothing_and_writing_a_cache_for_something():
+    assert Prices("free", 0.0, 1.0, cached=0.1, write=0.5).request(1e6, 0, 0, write=True) == 0.5
+
+
 def test_break_evens_hold():
     job = Job(10**6, 10)
     told = break_evens(job, TWO)
@@ -129,6 +133,7 @@ def test_prices_of_ones_own(tmp_path):
         ("{", "can't be read"), ("[]", "object"), ('{"models": []}', "models"), ('{"models": {"a": 3}}', "a of"),
         ('{"models": {"a": {"input": 1}}}', "output"), ('{"models": {"a": {"input": -1, "output": 1}}}', "a.input"),
         ('{"models": {"a": {"input": 1, "output": 1, "tax": 2}}}', "'tax'"), ('{"gpu_hours": {"h100": "x"}}', "h100"),
+        ('{"gpt-4.1": {"input": 1, "output": 4}}', "'gpt-4.1'"),
         ('{"embedding": {"input": null}}', "embedding"), ('{"models": {"a": {"input": true, "output": 1}}}', "a.input"),
     ],
 )  # fmt: skip

@@ -140,7 +140,8 @@ def test_the_tree_is_made_of_decisions():
 @pytest.mark.parametrize(
     "options, told",
     [({"quality": 1.5}, "quality"), ({"quality": 0}, "quality"), ({"wait": 0}, "wait"),
-     ({"wait": float("nan")}, "wait"), ({"speed": -1}, "speed"), ({"gpu": "h300"}, "h100"), ({"gpus": 0}, "gpus")],
+     ({"wait": float("nan")}, "wait"), ({"speed": -1}, "speed"), ({"gpu": "h300"}, "h100"), ({"gpus": 0}, "gpus"),
+     ({"speed": float("inf")}, "speed")],
 )  # fmt: skip
 def test_nonsense_is_refused_in_a_line(options, told):
     with pytest.raises((UsageError, UnknownNameError)) as caught:

@@ -167,6 +167,7 @@ def test_chunks_are_the_engines():
         ({"gpu": "h300"}, "h100"), ({"weights": "int3"}, "int4"), ({"kv": "fp9"}, "fp8"), ({"kv": "fp32"}, "wider"),
         ({"attention": "quadratic"}, "dense"), ({"attention": "tree:leafs=3"}, "leaves"),
         ({"context": "much"}, "128Ki"), ({"gpus": 2, "placement": "circle"}, "ring"),
+        ({"placement": "circle"}, "ring"), ({"placement": "star"}, "several GPUs"),
         ({"context": 0}, "context=0"), ({"concurrent": 0}, "concurrent=0"), ({"gpus": 0}, "gpus=0"),
         ({"nodes": -1}, "nodes=-1"), ({"network": 0.0}, "network"), ({"network": float("nan")}, "network"),
         ({"chunk": 0}, "chunk=0"), ({"gpus": 2, "gpu": "cpu"}, "GPUs alone"),

@@ -81,7 +81,7 @@ def cost(
     found, told = lines(job, payer, daily=corpus is not None), break_evens(job, payer)
     notes = _notes(job, payer)
     if gpu_hour is not None:
-        told.append(_rented(job, _payer(prices_of, hosted, listed, None), payer))
+        told += _rented(job, _payer(prices_of, hosted, listed, None), payer)
     title = (
         f"{job.tokens:,} tokens, {output.counted(job.queries, 'question')}{' a day' if corpus else ''}: {payer.name}"
     )
@@ -120,7 +120,7 @@ def _payer(
 
     known = prices.price_list(listed)
     if gpu_hour is not None:
-        if not gpu_hour >= 0:
+        if not 0 <= gpu_hour <= prices.DEAREST:
             raise UsageError(f"--gpu-hour {gpu_hour} is no price: give dollars an hour")
         return Own(own["model"], own["gpu"], gpu_hour, own["attention"], own["gpus"])
     return Hosted(prices.own(known.model(prices_of), *given), known.embedding)
@@ -147,10 +147,19 @@ def table(found: list[Line], *, daily: bool = False) -> tuple[list[str], list[li
 
 
 def _notes(job: Job, payer: Payer) -> list[str]:
-    from longspan.planner.cost import Hosted
+    from longspan.planner.cost import WAYS, Hosted, Own
+    from longspan.planner.words import size
 
-    if not isinstance(payer, Hosted):
-        return ["times are the slower ends of plans; a cached session is read back from disk at 2 GB/s"]
+    if isinstance(payer, Own):
+        rest = f"--gpu {payer.gpu} --gpus {payer.gpus} --attention {payer.attention}"
+        lacking = {way: payer.lacking(job, way) for way in WAYS}
+        return [
+            f"{way} does not fit: {size(lack)} lack on each GPU; for what to change see: longspan plan --model "
+            f"{payer.model} --context {job.read(way)} {rest}"
+            for way, lack in lacking.items()
+            if lack
+        ] + ["times are the slower ends of plans; a cached session is read back from disk at 2 GB/s"]
+    assert isinstance(payer, Hosted), "one of both is paid"
     window = payer.prices.context
     notes = [
         f"times assume {payer.prefill:,.0f} tokens/s read and {payer.decode:,.0f} written: prices do not say",
@@ -163,14 +172,16 @@ def _notes(job: Job, payer: Payer) -> list[str]:
     return notes
 
 
-def _rented(job: Job, hosted: Payer, own: Payer) -> str:
+def _rented(job: Job, hosted: Payer, own: Payer) -> list[str]:
     from longspan.planner.cost import Own, rented
 
     assert isinstance(own, Own)
+    if own.lacking(job, "cached"):
+        return []
     count = rented(job, hosted, own)
     if count is None:
-        return f"rented day and night, {own.name} can't answer as many as would make it cheaper than {hosted.name}"
-    return f"rented day and night, {own.name} costs less than {hosted.name} from {count:,} cached questions a day on"
+        return [f"rented day and night, {own.name} can't answer as many as would make it cheaper than {hosted.name}"]
+    return [f"rented day and night, {own.name} costs less than {hosted.name} from {count:,} cached questions a day on"]
 
 
 def _json(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from longspan.errors import UsageError
-from longspan.planner.plan import plan
+from longspan.planner.plan import Plan, plan
 from longspan.planner.prices import Prices
 
 WAYS = ("whole", "cached", "retrieval", "hybrid")
@@ -26,6 +26,8 @@ _DISK = 2e9
 """Bytes a second at which a saved session comes back: one NVMe disk."""
 _MOST = 10**9
 """Questions up to which a break-even is searched for."""
+_MANY = 10**12
+"""Of tokens, questions and chunks, as many as anybody may ask for."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Job:
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         for name in ("tokens", "queries", "chunk", "top_k", "wide"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
-        if min(self.question, self.answer) < 0:
-            raise UsageError("question and answer are tokens: give 0 or more")
+            if not 1 <= getattr(self, name) <= _MANY:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1 and at most {_MANY:,}")
+        if not 0 <= min(self.question, self.answer) <= max(self.question, self.answer) <= _MANY:
+            raise UsageError(f"question and answer are tokens: give 0 to {_MANY:,}")
 
     def read(self, way: str) -> int:
         """Return the tokens of text that a question is given."""
@@ -157,7 +159,11 @@ class Own:
             return self._spent(made.memory.kv * self.gpus / _DISK + asked + answer)
         return self._spent(made.prefill.high + answer)
 
-    def _plan(self, tokens: int) -> Any:
+    def lacking(self, job: Job, way: str) -> float:
+        """Return the bytes by which a GPU is too small for a question that is asked so; 0: it fits."""
+        return max(0.0, -self._plan(job.read(way) + job.question).spare)
+
+    def _plan(self, tokens: int) -> Plan:
         return plan(self.model, max(1, tokens), attention=self.attention, gpu=self.gpu, gpus=self.gpus)
 
     def _spent(self, seconds: float) -> Spent:

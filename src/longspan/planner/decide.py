@@ -7,6 +7,7 @@ approximations those that found most in committed evals, and of equals the faste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,7 +147,7 @@ def question(
     """Return a question, checked; arguments as for `plan`, and those of `Question` (UsageError, ModelError)."""
     if quality is not None and not 0 < quality <= 1:
         raise UsageError(f"quality={quality} must be a share of right answers above 0 and up to 1")
-    if not wait > 0 or not speed >= 0:
+    if not wait > 0 or not 0 <= speed < math.inf:
         raise UsageError(f"wait={wait} and speed={speed} must be numbers, wait more than 0")
     asked = plan.asked(
         model, context, attention="dense", weights=weights, kv="auto", gpu=gpu,

@@ -72,7 +72,8 @@ class Fields:
         # A few configurations hold a number for every layer: those that do are read by `each`.
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
             raise ModelError(
-                f"the field {field!r} of {self.name}'s config.json is {value!r}: it must be a whole number"
+                f"the field {field!r} of {self.name}'s config.json is {str(value)[:40]!r}: it must be a whole number "
+                f"from 1 to {_MOST:,}"
             )
         return value
 

@@ -239,6 +239,9 @@ def asked(
     if ranks.count > 1 and not on.gpu:
         raise UsageError("several devices are planned for GPUs alone: give --gpu, such as h100")
     spec = mechanism(attention).describe()
+    placed = None if placement == "auto" and ranks.count == 1 else parallel.placement(placement, spec)
+    if placed is not None and ranks.count == 1:
+        raise UsageError(f"placement {placed.name!r} lies over several GPUs: give their number, or leave it out")
     numbers = formats.weights(weights, on)
     return Asked(
         model=of,
@@ -248,7 +251,7 @@ def asked(
         kv=formats.kv(kv, numbers),
         device=on,
         ranks=ranks,
-        placement=parallel.placement(placement, spec) if ranks.count > 1 else None,
+        placement=placed,
         concurrent=concurrent,
         chunk=chunk or (GPU_CHUNK if on.gpu else CHUNK),
     )

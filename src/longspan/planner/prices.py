@@ -6,7 +6,6 @@ Nothing is fetched. It does not know what is asked of a model.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from longspan.errors import UnknownNameError, UsageError
 
 _FILE = Path(__file__).with_name("prices.json")
 _MILLION = 1e6
+DEAREST = 1e9
+"""Dollars that anybody may ask for a million tokens, or an hour."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Prices:
         cached = (self.long_cached if long else None) or (given if self.cached is None else self.cached)
         output = (self.long_output if long else None) or self.output
         if write and self.write is not None:
-            given *= self.write / self.input
+            given = given * self.write / self.input if self.input else self.write
         return (fresh * given + held * cached + answer * output) / _MILLION
 
 
@@ -86,6 +87,8 @@ def price_list(file: Path | None = None) -> PriceList:
     told = _read(_FILE)
     if file is not None:
         own = _read(file)
+        if unknown := [part for part in own if part not in told]:
+            raise UnknownNameError(f"the price file {file} has {unknown[0]!r}: its parts are {', '.join(told)}")
         for part in ("models", "gpu_hours", "embedding"):
             if part in own:
                 told[part] = {**told[part], **_dict(own[part], part, file)}
@@ -103,7 +106,7 @@ def own(base: Prices, given: float | None, output: float | None, cached: float |
     Cached input that has no price of its own costs the same share of other input as the base's.
     """
     for name, value in (("--price-in", given), ("--price-out", output), ("--price-cached", cached)):
-        if value is not None and not (value >= 0 and math.isfinite(value)):
+        if value is not None and not 0 <= value <= DEAREST:
             raise UsageError(f"{name} {value} is no price: give dollars for a million tokens")
     if given is None and output is None and cached is None:
         return base
@@ -133,7 +136,7 @@ def _dict(value: Any, name: str, file: Path | None) -> dict[str, Any]:
 
 
 def _number(value: Any, name: str, file: Path | None) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= DEAREST:
         raise UsageError(f"the price {value!r} of {name} in {file or 'the price file'} must be a number of dollars")
     return float(value)
 
