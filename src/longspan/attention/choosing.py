@@ -109,7 +109,6 @@ class Choosing(Mechanism):
         oldest = (max(0, t - self.window + 1) for t in range(first, first + count))
         return torch.tensor([token // self.block * self.block for token in oldest])
 
-    @torch.no_grad()
     def choose(
         self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints
     ) -> tuple[Tensor, Tensor | None] | None:
@@ -119,6 +118,9 @@ class Choosing(Mechanism):
             `(blocks int64, valid bool)`, each `[B or 1, Hkv or 1, T, k]`, ascending, what is not valid first (and 0);
             `valid` None: all are. None where no query of the tile has a block before its window.
         """
+        if torch.is_grad_enabled():  # no choice has a gradient
+            with torch.no_grad():
+                return self.choose(q, kv, first, scale, hints)
         count = q.shape[2]
         fewest, blocks = (max(0, t - self.window + 1) // self.block for t in (first, first + count - 1))
         if blocks == 0:
@@ -133,7 +135,7 @@ class Choosing(Mechanism):
         if readable is not None:
             lost = ~readable.to(q.device).repeat_interleave(PAGE // self.block)[:blocks]
             hidden = lost.expand(count, -1) if hidden is None else hidden | lost
-        votes = self._votes(self.scores(q, kv, first, blocks, scale), kv.keys(0, 0).shape[1], hidden)
+        votes = self._votes(self.scores(q, kv, first, blocks, scale), kv.kv_heads, hidden)
         read = min(blocks, self.blocks_read)
         found = torch.topk(votes, read, dim=-1, sorted=False)
         if readable is None and fewest >= read:
@@ -150,7 +152,8 @@ class Choosing(Mechanism):
         votes = scores
         if scores.shape[1] > groups:
             # Float64, because shares that are too small for their type would tie with one another.
-            votes = torch.softmax(scores, -1, dtype=torch.float64).unflatten(1, (groups, -1)).sum(2)
+            shares = torch.softmax(scores, -1, dtype=torch.float64)
+            votes = shares.view(shares.shape[0], groups, -1, *shares.shape[2:]).sum(2)
         votes[..., : self._sink_blocks] = float("inf")
         return votes if hidden is None else votes.masked_fill(hidden, float("-inf"))
 

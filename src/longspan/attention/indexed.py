@@ -69,7 +69,7 @@ def attend_indexed(
     batch, _, count, dim = q.shape
     own = reads_own_positions(kv, first + count)
     assert true_positions(kv, first, count) == own * count, "queries on both sides of the trained length are read apart"
-    kv_heads = kv.keys(0, 0).shape[1] if index.shape[1] == 1 else index.shape[1]
+    kv_heads = kv.kv_heads if index.shape[1] == 1 else index.shape[1]
     if count == 1:
         return _attend_gathered(q, kv, first, windows, index, valid, scale, own, near, kv_heads)
     reads = index.shape[-1] + (int(windows.max()) if near else 0)
@@ -104,7 +104,7 @@ def attend_blocks(q: Tensor, kv: LayerKV, position: int, start: int, blocks: Ten
         `[B, Hq, 1, Dv]`.
     """
     own = reads_own_positions(kv, position + 1)
-    shape = (q.shape[0], kv.keys(0, 0).shape[1], -1)
+    shape = (q.shape[0], kv.kv_heads, -1)
     near = _near(start // size, position // size + 1, q.device)
     index = torch.cat([blocks.expand(shape), near.expand(shape)], -1)
     k, v = kv.gather_blocks(index, size, rotated=own)

@@ -49,6 +49,6 @@ class Quest(Choosing):
             q = kv.rotary.range(q, first)
         extremes = kv.bounds(self.block, rotated=rotated)[:, :, :blocks]
         # A positive channel of the query meets the greatest key, a negative one the least.
-        grouped = q.reshape(batch, extremes.shape[1], -1, dim) * scale
+        grouped = q.reshape(batch * extremes.shape[1], -1, dim) * scale
         signed = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], -1)
-        return (signed @ extremes.to(q.dtype).mT).view(batch, heads, count, blocks)
+        return torch.bmm(signed, extremes.flatten(0, 1).to(q.dtype).mT).view(batch, heads, count, blocks)

@@ -37,7 +37,7 @@ def attend_spans(
     """
     batch, heads, count, dim = q.shape
     spans = lo.shape[-1]
-    kv_heads = kv.keys(0, 0).shape[1]
+    kv_heads = kv.kv_heads
     value_dim = kv.values(0, 0).shape[-1]
     group = heads // kv_heads
     at = torch.arange(first, first + count, device=q.device).view(1, 1, -1, 1)

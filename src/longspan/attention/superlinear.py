@@ -206,7 +206,7 @@ class Superlinear(Mechanism):
         valid = (anchors >= 0).to(q.device)
         scores = self._scores(q, kv, anchors.clamp(min=0))
         if self.share == "group":
-            grouped = scores.unflatten(1, (kv.keys(0, 0).shape[1], -1))
+            grouped = scores.unflatten(1, (kv.kv_heads, -1))
             scores = grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1, 2)
         scores = scores.masked_fill(~valid, float("-inf"))
         # A stable sort keeps the newer anchor first among equals.

@@ -71,7 +71,7 @@ class Columns:
             math.ceil(mechanism.backward * reach) + math.ceil(mechanism.forward * reach)
             for reach in (float(n) ** mechanism.span_power for n in (kv.length, first + 1))
         ]
-        cut = bands(first, count, heads // kv.keys(0, 0).shape[1], *lengths)
+        cut = bands(first, count, heads // kv.kv_heads, *lengths)
         return cls(torch.cat(lo, -1), torch.cat(hi, -1), near, window, cut, scores, anchors, order)
 
 

@@ -96,7 +96,7 @@ def descend(q: Tensor, kv: LayerKV, old: Tensor, plan: Plan) -> Descent:
         plan: how.
     """
     batch, heads, count, dim = q.shape
-    kv_heads = kv.keys(0, 0).shape[1]
+    kv_heads = kv.kv_heads
     grouped = q.view(batch, kv_heads, heads // kv_heads, count, dim).transpose(2, 3)  # [B, Hkv, T, G, D]
     readable = kv.readable()
     # Pages that were chosen elsewhere, and pages that can't be read, are no reason to read others instead.

@@ -6,7 +6,6 @@ It does not know when tokens are read or taken back: contexts do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -28,10 +27,12 @@ class Attending:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `hf.attention.Reader`."""
         kv = self.layers[layer]
-        with Undisturbed():
-            kv.append(k, v)
+        if not kv.append_within(k, v):
+            with Undisturbed():
+                kv.append(k, v)
         self._look_ahead(layer + 1)
-        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
+        told = self.hints
+        hints = Hints(told.routing_query, told.chosen_pages, layer, self.trained.layer(layer))
         return self.mechanism.attend(q, kv, scale=scale, hints=hints)
 
     def _look_ahead(self, layer: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from longspan.hf import packed
 from longspan.hf.attention import Enough, Reader
@@ -123,7 +124,7 @@ class OneToken:
         try:
             for number, layer in enumerate(self._layers):
                 qkv = layer.qkv(layer.before(h).to(self._dtype))
-                q, k, v = qkv.view(1, -1, 1, self._head_dim).split(split, 1)
+                q, k, v = qkv.view(1, -1, 1, self._head_dim).split_with_sizes(split, 1)
                 if layer.q_norm is not None and layer.k_norm is not None:
                     q, k = layer.q_norm.heads(q), layer.k_norm.heads(k)
                 read = reader.attend(number, q, k, v, layer.scale)
@@ -193,9 +194,15 @@ def _layer(layer: Any, weights: str) -> _Layer:
         out=_product([attention.o_proj], weights),
         after=_norm(layer.post_attention_layernorm),
         gate_up=_product([mlp.gate_proj, mlp.up_proj], weights),
-        act=mlp.act_fn,
+        act=_act(mlp.act_fn),
         down=_product([mlp.down_proj], weights),
     )
+
+
+def _act(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a module's function; a module's call costs more than the function does for one token."""
+    x = torch.linspace(-4, 4, 9)
+    return silu if torch.equal(module(x), silu(x)) else module
 
 
 def _norm(module: Any) -> _Norm:

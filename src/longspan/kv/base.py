@@ -60,6 +60,11 @@ class LayerKV(ABC):
     def length(self) -> int:
         """Number of tokens of the context, dropped ones included (N)."""
 
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads (Hkv)."""
+        return self.keys(0, 0).shape[1]
+
     @abstractmethod
     def keys(self, start: int, stop: int) -> Tensor:
         """Unrotated keys `[B, Hkv, stop - start, D]` of the tokens `start .. stop - 1`; a view where it can be."""

@@ -42,6 +42,20 @@ class Mirror:
         assert self._rows is not None
         return self._rows.rows[:, :, :stop]
 
+    def follows(self, length: int) -> bool:
+        """Whether a row for the token `length` can be added where it is: all before it were asked for, and it fits."""
+        kept = self._rows
+        if kept is None or self.length != length or kept.rows.shape[2] == length:
+            return False
+        return kept.readers == 1 or kept.written == length
+
+    def add(self, row: Tensor) -> None:
+        """Add the rotated key `[1, Hkv, 1, D]` of the next token, where `follows` says so."""
+        assert self._rows is not None, "nothing was read yet"
+        self._rows.rows[:, :, self.length] = row[:, :, 0]
+        self.length += 1
+        self._rows.written = self.length
+
     def truncate(self, length: int) -> None:
         """Forget every row from `length` on."""
         self.length = min(self.length, length)

@@ -128,6 +128,28 @@ class PagedKV(PageResolver):
         for slot in pool.native.take(end - first_new):
             self.pages.append(slot)
 
+    def append_within(self, k: Tensor, v: Tensor) -> bool:
+        """Add one token as `append` does where that changes no page but the last and fills no block of it.
+
+        That is the usual step of decode. It may be interrupted anywhere: what lies behind the last token means nothing.
+
+        Returns:
+            Whether it was added; False: nothing was, and `append` is to be called.
+        """
+        pool, at = self.pool, self._length
+        page, offset = divmod(at, PAGE)
+        if offset == 0 or k.shape[2] != 1 or (at + 1) % pool.block == 0 or pool.format is not pool.native.format:
+            return False
+        if k.dtype != pool.dtype or k.device != pool.device or self._not_writable(page):
+            return False
+        slot = self.table[page]
+        pool.keys[:, slot, offset] = k[0, :, 0]
+        pool.values[:, slot, offset] = v[0, :, 0]
+        if self.rotary is not None and self.mirror.follows(at):
+            self.mirror.add(self.rotary.range(k, at))
+        self._length = at + 1
+        return True
+
     def replace(
         self, start: int, k: Tensor, v: Tensor, codes: Mapping[str, Codes] | None = None, *, write_down: bool = True
     ) -> None:

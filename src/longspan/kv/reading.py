@@ -56,6 +56,11 @@ class PageReader(LayerKV):
         """Where each page lies: a handle of the pool, its slot where it is held in the native type."""
         return self.pages.slots
 
+    @property
+    def kv_heads(self) -> int:
+        """See `LayerKV`."""
+        return self.pool.kv_heads
+
     def keys(self, start: int, stop: int) -> Tensor:
         """See `LayerKV`."""
         return self._read("k", start, stop)
@@ -138,7 +143,8 @@ class PageReader(LayerKV):
             rows = wanted + slot * each if slot else wanted
         v = _blocks(pool.values, rows, size)
         if rotated and self.mirrored:
-            self.keys_at_own_positions(0, self._length)
+            if self.mirror.length < self._length:
+                self.keys_at_own_positions(0, self._length)
             return _blocks(self.mirror.held[0], wanted, size).unsqueeze(0), v.unsqueeze(0)
         k = _blocks(pool.keys, rows, size)
         if rotated and self.rotary is not None:

@@ -66,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
         rows = heads // kv_heads * queries
         grouped = q.reshape(batch, kv_heads, rows, dim)
         if rows in _PADDED:
-            grouped = torch.nn.functional.pad(grouped, (0, 0, 0, 1))
+            grouped = torch.constant_pad_nd(grouped, (0, 0, 0, 1))
         out, lse = _FLASH(grouped, k, v, 0.0, False, scale=scale)
         out, lse = out[:, :, :rows], _rows(lse, grouped)[:, :, :rows]
         return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
