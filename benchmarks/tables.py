@@ -77,8 +77,12 @@ def needle_kinds() -> str:
 
 
 def speed() -> str:
-    """Prefill and decode beside plain transformers, and llama.cpp, in the same run."""
-    result = json.loads((RESULTS / "model-cpu.json").read_text(encoding="utf-8"))
+    """Prefill and decode beside plain transformers, and llama.cpp, in the same run: a table a result."""
+    files = sorted(RESULTS.glob("model-*.json"), reverse=True)
+    return "\n".join(_speed(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def _speed(result: dict[str, Any]) -> str:
     others = {"": "transformers", "_llama_cpp": "llama.cpp"}
     there = [key for key in others if any(f"prefill_ratio{key}" in row for row in result["rows"])]
     rows = []
@@ -353,10 +357,15 @@ def _reached(name: str, result: dict[str, Any]) -> str:
 
 
 def compare() -> str:
-    """Mechanisms side by side: what reading less costs."""
-    result = json.loads((RESULTS / "compare-cpu.json").read_text(encoding="utf-8"))
+    """Mechanisms side by side, what reading less costs: a table a result."""
+    files = sorted(RESULTS.glob("compare-*.json"), reverse=True)
+    return "\n".join(_compared(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def _compared(result: dict[str, Any]) -> str:
     rows = [
         [
+            f"{row['length']:,}",
             f"`{row['mechanism']}`",
             row["budget"],
             f"{row['keys']:.0f}",
@@ -367,6 +376,7 @@ def compare() -> str:
         for row in result["rows"]
     ]
     head = [
+        "tokens",
         "mechanism",
         "budget",
         "keys a query head reads",

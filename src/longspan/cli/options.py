@@ -80,7 +80,7 @@ Weights = Annotated[
         "--weights",
         metavar="HOW",
         help="How a CPU reads weights while it answers: auto (in 4 or 8 bits where a GGUF file held them so, without "
-        "loss), own (as they are), or int8 (8 bits for all, with a small loss).",
+        "loss), own (as they are), or int8 (8 bits for all, with a small loss). Example: --weights int8.",
     ),
 ]
 Quote = Annotated[
