@@ -6,6 +6,7 @@ It does not know when tokens are read or taken back: contexts do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -31,8 +32,7 @@ class Attending:
             with Undisturbed():
                 kv.append(k, v)
         self._look_ahead(layer + 1)
-        told = self.hints
-        hints = Hints(told.routing_query, told.chosen_pages, layer, self.trained.layer(layer))
+        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
         return self.mechanism.attend(q, kv, scale=scale, hints=hints)
 
     def _look_ahead(self, layer: int) -> None:
