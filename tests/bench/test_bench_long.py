@@ -202,6 +202,14 @@ def test_what_does_not_fit_is_refused_with_what_does(tiny):
         memory_plan.check(model, dense, 640, 1)
 
 
+def test_wrong_logits_end_the_command(call, monkeypatch):
+    layer = checks._layer
+    monkeypatch.setattr(checks, "_layer", lambda *given: layer(*given) * 1.1)
+    code, out, err = call("--context", "200", "--attention", "dense", "--json")
+    assert (code, out) == (1, "")
+    assert "away from float32" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "arguments,told",
     [
@@ -209,7 +217,7 @@ def test_what_does_not_fit_is_refused_with_what_does(tiny):
         (["--context", "600", "--attention", "h2o"], "keeps no whole context"),
         (["--context", "0"], "no length"),
         (["--context", "600", "--minutes", "0"], "leaves no time"),
-        ([], "give --context"),
+        ([], "--random-weights is for long contexts"),
     ],
 )
 def test_bad_arguments_get_one_line(call, arguments, told):

@@ -44,7 +44,9 @@ def model(
         bool,
         typer.Option("--random-weights", help="With --context: weights drawn on the device, of the model's shape."),
     ] = False,
-    peers: Annotated[str, typer.Option("--peers", metavar="NAMES", help="With --context: transformers, or none.")] = "",
+    peers: Annotated[
+        str, typer.Option("--peers", metavar="NAMES", help="With --context: transformers; empty: nobody.")
+    ] = "",
     whole: Annotated[
         str,
         typer.Option("--whole", metavar="N", help="With --context: read contexts up to N tokens whole, not in parts."),
@@ -94,8 +96,10 @@ def model(
         raise UsageError("--merge needs files: give --merge model.jsonl" if merge else "files are for --merge alone")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g} leaves no time: give more than 0")
-    if random_weights and context is None:
-        raise UsageError("--random-weights say nothing about answers: give --context N as well")
+    if context is None and not merge:
+        alone = {"--random-weights": random_weights, "--peers": peers, "--profile": profile, "--out": out}
+        if named := [name for name, value in {**alone, "--minutes": minutes}.items() if value]:
+            raise UsageError(f"{named[0]} is for long contexts: give --context 64K as well")
     with Progress() as progress:
         progress.busy("loading torch")
         if merge or context is not None:

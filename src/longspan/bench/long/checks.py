@@ -21,6 +21,7 @@ from longspan.attention import Mechanism, make
 from longspan.engine.kv_context import KVContext
 from longspan.engine.readers import Attending
 from longspan.engine.stepper import Stepper
+from longspan.errors import LongspanError
 from longspan.hf.model import CausalModel
 from longspan.hf.native.blocks import Run
 from longspan.hf.plain import Seen, exact_logits, plain_layer, plain_logits
@@ -34,7 +35,7 @@ _LEAST = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.
 """Distance that a few roundings explain, whoever makes them."""
 
 
-class WrongLogitsError(AssertionError):
+class WrongLogitsError(LongspanError):
     """Ours are wrong: nothing is timed."""
 
 
