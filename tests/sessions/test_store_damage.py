@@ -6,14 +6,16 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from longspan.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
-from longspan.sessions import archive, files, records, upkeep
+from longspan.errors import SessionCorruptError, SessionError, SessionMismatchError, SessionNotFoundError, UsageError
+from longspan.sessions import archive, files, locks, records, upkeep
+from longspan.sessions.journal import Appender, Journal
 from longspan.sessions.store import Rows, SessionStore
 
 TEXTS = {"d": "words", "é": "日本"}
@@ -284,6 +286,40 @@ def test_a_row_of_the_catalogue_that_was_changed_is_found(store: SessionStore) -
     assert "prefixes" in problem.line()
 
 
+def test_a_count_of_pages_in_the_catalogue_that_was_changed_is_found(store: SessionStore) -> None:
+    with store.catalogue._open() as base:
+        assert base is not None
+        base.execute("UPDATE prefixes SET pages = pages + 1024 WHERE pages = 2")
+    (problem,) = upkeep.verify(store)
+    assert "prefixes" in problem.line()
+
+
+def test_a_text_of_the_catalogue_that_became_bytes_is_not_believed(store: SessionStore) -> None:
+    with store.catalogue._open() as base:
+        assert base is not None
+        base.execute("UPDATE sessions SET state = CAST(state AS BLOB)")
+    assert any("fails its checksum" in problem.line() for problem in upkeep.verify(store))
+    assert store.infos()[0].state["turns"] == [1, {"a": None}]
+
+
+def test_a_catalogue_that_is_held_is_not_taken_for_damaged(store: SessionStore) -> None:
+    store.hit("one", 64)
+    store.catalogue.close()
+    held = sqlite3.connect(store.catalogue.path)
+    held.execute("PRAGMA locking_mode = EXCLUSIVE")
+    held.execute("PRAGMA journal_mode = DELETE")
+    held.execute("BEGIN EXCLUSIVE")
+    before, other = store.catalogue.path.read_bytes(), SessionStore(store.root)
+    connect = sqlite3.connect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", lambda path, **options: connect(path, **options | {"timeout": 0}))
+        with pytest.raises(SessionError, match="can't be read now"):
+            upkeep.verify(other)
+        assert upkeep.collect(other).files == [] and store.catalogue.path.read_bytes() == before
+    held.close()
+    assert upkeep.verify(other) == [] and other.show("one").hits == 1
+
+
 def test_an_exported_file_is_checked(store: SessionStore, tmp_path: Path) -> None:
     path = archive.export(store, "one", tmp_path / "carried.longspan")
     assert upkeep.verify_file(path) == []
@@ -302,3 +338,44 @@ def test_an_exported_file_is_checked(store: SessionStore, tmp_path: Path) -> Non
     path.write_bytes(whole)
     assert archive.import_(store, path, "back") == "back"
     assert store.load("back").state == store.load("one").state
+
+
+def test_an_export_goes_over_what_an_interrupted_one_left(store: SessionStore, tmp_path: Path) -> None:
+    left = tmp_path / f".carried.longspan{files.PART}"
+    left.write_bytes(bytes(1 << 20))
+    handle = locks.take(left)
+    with pytest.raises(UsageError, match="another process"):
+        archive.export(store, "one", tmp_path / "carried.longspan")
+    os.close(handle)
+    path = archive.export(store, "one", tmp_path / "carried.longspan")
+    assert upkeep.verify_file(path) == [] and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_imported_session_has_its_own_name_unless_it_gets_another(store: SessionStore, tmp_path: Path) -> None:
+    path = archive.export(store, "one", tmp_path / "two.longspan")
+    store.remove("one")
+    assert archive.import_(store, path) == "one"
+    for name in ("", "../one", ".one"):
+        with pytest.raises(UsageError, match="can't name a session"):
+            archive.import_(store, path, name)
+    carried = Journal.open(path)
+    about = carried.commit().told | {"name": "../../elsewhere"}
+    forged = Appender.alone(tmp_path / "forged.longspan", 1)
+    forged.commit(about | {"tensors": {}, "texts": [], "prefix": 0})
+    with pytest.raises(UsageError, match="can't name a session"):
+        archive.import_(store, tmp_path / "forged.longspan")
+
+
+def test_what_was_promised_while_room_was_made_stays(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.keep("one", False)
+    real = locks._acquire
+
+    def late(path: Path, wait: bool) -> int:
+        if not wait:
+            monkeypatch.setattr(locks, "_acquire", real)
+            SessionStore(store.root).keep("one")  # by another process, after the first look
+        return real(path, wait)
+
+    monkeypatch.setattr(locks, "_acquire", late)
+    upkeep._shrink(store, 0, upkeep.Collected(), None)
+    assert locks._acquire is real and store.show("one").kept

@@ -50,6 +50,8 @@ def export(store: SessionStore, name: str, path: Path) -> Path:
         raise store.told(name, error) from error
     except (UsageError, SessionCorruptError):
         raise
+    except BlockingIOError as error:
+        raise UsageError(f"{target} is being written by another process: wait for it, or give another name") from error
     except OSError as error:
         raise SaveError(
             f"can't write {target} ({error.strerror or error}): free some space, or give another path"
@@ -70,11 +72,12 @@ def import_(store: SessionStore, path: Path, name: str | None = None) -> str:
     """
     if not path.is_file():
         raise UsageError(f"{path} is no file: give one that `longspan session export` wrote")
-    told = name or path.name
+    told = path.name if name is None else name
     try:
         with closing(Journal.open(path)) as journal:
-            manifest = manifest_of(journal.commit().told, told, path)
-            name = name or manifest.name
+            commit = journal.commit()
+            manifest = manifest_of(commit.told, told, path)
+            name = str(commit.told.get("name")) if name is None else name
             if store.exists(name):
                 raise UsageError(f"a session {name!r} is saved already: import it under another name with --name NAME")
             now = datetime.now(UTC)

@@ -29,6 +29,11 @@ CREATE TABLE IF NOT EXISTS sessions(
 CREATE TABLE IF NOT EXISTS prefixes(hash BLOB, name TEXT, pages INTEGER, PRIMARY KEY(hash, name)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS prefixes_by_name ON prefixes(name);
 """
+_REFUSED = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM,
+}  # fmt: skip
+"""What SQLite says where another process or a full disk stands against it: nothing of damage."""
 _AT_ONCE = 500  # of SQLite's least limit of 999 values in a statement
 
 
@@ -63,6 +68,8 @@ class Row:
     def of(cls, held: Sequence[Any]) -> Row | None:
         """Return what SQLite held; None: it fails its checksum."""
         *values, seal = held
+        if any(isinstance(value, bytes) for value in values):  # a text may become one by a bit, and is no JSON then
+            return None
         if f"{records.checksum(json.dumps(values).encode()):016x}" != seal:
             return None
         told = dict(zip((each.name for each in fields(cls)), values, strict=True))
@@ -160,11 +167,14 @@ class Catalogue:
         return []
 
     def prefixes(self, name: str) -> list[bytes]:
-        """Return a session's hash chain as it is entered."""
+        """Return a session's hash chain as it is entered; none of it where its pages do not follow one another."""
         with self._open() as base:
             if base is not None:
-                found = base.execute("SELECT hash FROM prefixes WHERE name = ? ORDER BY pages", [name])
-                return [bytes(each) for (each,) in found]
+                found = base.execute(
+                    "SELECT hash, pages FROM prefixes WHERE name = ? ORDER BY pages", [name]
+                ).fetchall()
+                if [pages for _, pages in found] == list(range(1, len(found) + 1)):
+                    return [bytes(each) for each, _ in found]
         return []
 
     def names(self) -> set[str]:
@@ -176,7 +186,7 @@ class Catalogue:
         return set()
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the file itself, a line each; it is not healed."""
+        """Return what is wrong with the file itself, a line each; nothing is healed (OSError: it can't be read now)."""
         if not self.path.exists():
             return []
         try:
@@ -188,6 +198,8 @@ class Catalogue:
                         told.append(f"the row of {held[0]!r} fails its checksum")
         except (sqlite3.Error, ValueError, TypeError, OverflowError, OSError) as error:
             self.close()
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _REFUSED:
+                raise OSError(f"the catalogue {self.path} can't be read now: {error}") from error
             told = [str(error)]
         return [f"the catalogue {self.path} is damaged: {line}; `longspan session gc` makes it anew" for line in told]
 

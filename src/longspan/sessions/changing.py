@@ -117,16 +117,20 @@ class Changes(Committer):
         try:
             self.existing(name)  # before the lock, which would make a file
             with self.lock(name):
-                # Gone by one rename: half a session is never seen.
-                gone = self.root / f".{name}.{secrets.token_hex(8)}{files.PART}"
-                self.existing(name).rename(gone)
-                self.catalogue.drop(name)
-                shutil.rmtree(gone)
+                self.remove_held(name)
         except SessionError:
             raise
         except OSError as error:
             raise SessionError(f"can't remove session {name!r} in {folder}: {error.strerror or error}") from error
+
+    def remove_held(self, name: str) -> None:
+        """Remove a session whose lock is held. Raises as `remove`, and OSError."""
+        # Gone by one rename: half a session is never seen.
+        gone = self.root / f".{name}.{secrets.token_hex(8)}{files.PART}"
+        self.existing(name).rename(gone)
         self._seen.pop(name, None)
+        self.catalogue.drop(name)
+        shutil.rmtree(gone)
 
     @contextmanager
     def saving(self, name: str, needed: int | None = None) -> Iterator[None]:

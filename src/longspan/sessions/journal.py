@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longspan.sessions import files, records
+from longspan.sessions import files, locks, records
 from longspan.sessions.records import BrokenError, LaterError, Record, RowsMeta
 from longspan.sessions.rows import Source
 
@@ -284,7 +284,7 @@ class Appender:
 
     @classmethod
     def alone(cls, path: Path, number: int) -> Appender:
-        """Return one that writes a segment of any name, which stands alone (OSError)."""
+        """Return one that writes a segment of any name, which stands alone (BlockingIOError: another does; OSError)."""
         made = cls.__new__(cls)
         made.folder, made.number, made._known = path.parent, number, None
         made._begin(0, (), path)
@@ -302,8 +302,9 @@ class Appender:
         self._salt, self._start = secrets.randbits(64), 0
         self.path = path or self.folder / f"{ordinal:06d}-{self._salt:016x}.journal"
         self._new = self.path.with_name(f".{self.path.name}{files.PART}")
-        self._handle = files.create(self._new)
+        self._handle = files.create(self._new) if path is None else locks.take(self._new)
         try:
+            os.ftruncate(self._handle, 0)  # a segment that stands alone may find what an interrupted one left
             files.write_all(self._handle, records.encode_head(self._salt, before))
         except BaseException:
             self.undo()

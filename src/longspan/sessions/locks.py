@@ -56,10 +56,15 @@ def locked(path: Path, folder: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
+def take(path: Path) -> int:
+    """Return an open file that is locked as long as it is open, made where it is not there (errors: `locked`)."""
+    return _acquire(path, wait=False)
+
+
 def _acquire(path: Path, wait: bool) -> int:
     """Return an open, locked file that still has the name `path`."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         try:
             _lock(handle, wait)
             if _still_named(handle, path):

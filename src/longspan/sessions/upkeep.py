@@ -73,7 +73,10 @@ def verify(store: SessionStore, name: str | None = None) -> list[Problem]:
         store.show(name) if not store.exists(name) else None
         return _session(store, name)
     # The catalogue first: whatever opens it after that puts it together anew where it is damaged.
-    found = [Problem(None, str(store.catalogue.path), None, line) for line in store.catalogue.problems()]
+    try:
+        found = [Problem(None, str(store.catalogue.path), None, line) for line in store.catalogue.problems()]
+    except OSError as error:
+        raise SessionError(f"{error}; free some space, or try again when no other process holds it") from error
     return found + [problem for each in store.names() for problem in _session(store, each)]
 
 
@@ -242,9 +245,10 @@ def collect(store: SessionStore, quota: int | None = None, now: float | None = N
     done, quota = Collected(), store.quota if quota is None else quota
     if not store.root.is_dir():
         return done
-    if store.catalogue.problems():
-        store.catalogue.remove()
-        done.files.append(str(store.catalogue.path))
+    with suppress(OSError):  # what can't be looked at now is not known to be damaged
+        if store.catalogue.problems():
+            store.catalogue.remove()
+            done.files.append(str(store.catalogue.path))
     _leftovers(store, done)
     for name in store.names():
         with suppress(BlockingIOError), store.lock(name, wait=False):
@@ -302,12 +306,11 @@ def _give_up(store: SessionStore, info: SessionInfo, done: Collected) -> None:
     """Remove a session, unless somebody holds it or has promised since to keep it."""
     before = used(store)
     try:
-        if store.show(info.name).kept:
-            return
         with store.lock(info.name, wait=False):
-            pass
-        store.remove(info.name)
-    except (SessionError, BlockingIOError):
+            if store.opened(info.name, store.existing(info.name))[1].kept:
+                return
+            store.remove_held(info.name)
+    except (SessionError, OSError):
         return
     done.sessions.append(info.name)
     done.freed += before - used(store)
