@@ -294,6 +294,16 @@ def test_a_count_of_pages_in_the_catalogue_that_was_changed_is_found(store: Sess
     assert "prefixes" in problem.line()
 
 
+@pytest.mark.parametrize("spoilt", ["NULL", "'many'", "x'00'"])
+def test_a_count_of_pages_that_is_none_is_not_believed(store: SessionStore, spoilt: str) -> None:
+    with store.catalogue._open() as base:
+        assert base is not None
+        base.execute(f"UPDATE prefixes SET pages = {spoilt}")
+    assert store.longest_prefix(list(range(130)), {"model": "m"}) == []
+    (problem,) = upkeep.verify(store)
+    assert "prefixes" in problem.line()
+
+
 def test_a_text_of_the_catalogue_that_became_bytes_is_not_believed(store: SessionStore) -> None:
     with store.catalogue._open() as base:
         assert base is not None

@@ -159,7 +159,7 @@ class Catalogue:
                 rows = base.execute(
                     f"SELECT name, MAX(pages) FROM prefixes WHERE hash IN ({marks}) GROUP BY name", part
                 )
-                more = {str(name): int(pages) for name, pages in rows}
+                more = {str(name): pages for name, pages in rows if isinstance(pages, int)}  # a bit may make it none
                 found |= more
                 if not more:  # a chain that ends is not taken up again
                     break
