@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.cli import plan_pictures
-from longspan.cli.plan import heading, limits_table, rows, speeds, verdict
+from longspan.cli.plan_words import heading, limits_table, rows, speeds, verdict
 from longspan.evals.report.drawing import Panel, available, svg
 from longspan.evals.report.page import Part, Picture, Section, Table, Value
 from longspan.evals.report.page import page as html

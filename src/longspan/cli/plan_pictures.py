@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.plan import heading
+from longspan.cli.plan_words import heading
 from longspan.evals.report.drawing import COLOURS, Panel, look, png
 from longspan.lengths import short
 from longspan.planner import limits, plan, words

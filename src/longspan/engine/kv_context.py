@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from longspan.attention import Hints, Mechanism, Shape, make
 from longspan.attention.evicting import Evicting
 from longspan.attention.rebalance import FORMATS, PageMass
-from longspan.engine import compatible
+from longspan.engine import compatible, memory_plan
 from longspan.engine.asked_copy import AskedCopy
 from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
 from longspan.engine.kept_layers import KeptLayers
+from longspan.engine.memory_plan import MemoryPlan
 from longspan.engine.readers import Asked, Attending
 from longspan.engine.recurrence import SHARE, Recurrence
 from longspan.engine.repetition import repeat
@@ -31,13 +31,6 @@ from longspan.kv.tiers import Tiers
 from longspan.retrieval.choose import token_mass
 from longspan.retrieval.heads import RetrievalHeads
 
-if TYPE_CHECKING:
-    from longspan.engine.memory_plan import MemoryPlan
-
-PLANNED_CHUNK = 32768
-"""Tokens that run through a native forward together on a GPU, where memory allows."""
-STATES = 1 << 30
-"""Bytes that checkpoints of recurrent states may take on a GPU, where memory is planned."""
 PREFILL_WINDOW = 1024
 """Newest keys, as far as the trained length holds them, that a query of a document sees beyond that length where no
 prefill was chosen."""
@@ -88,7 +81,7 @@ class KVContext(Context):
             for _ in range(model.dimensions.layers if self.kept is None else 0)
         ]
         planned = model.native is not None and model.device.type == "cuda"
-        chunk = PLANNED_CHUNK if planned else self.chunk
+        chunk = memory_plan.CHUNKS[0] if planned else self.chunk
         self.recurrence = Recurrence(model.state_spec, self.layers, chunk, self.budget)
         states = 2 * self.recurrence.state_bytes
         self.budget.require(
@@ -133,8 +126,6 @@ class KVContext(Context):
             return None  # memory is bounded otherwise
         if not all(kv.pages.plain and kv.pool.format is kv.pool.native.format for kv in self.layers):
             return None
-        from longspan.engine import memory_plan
-
         held = sum(kv.pool.nbytes for kv in self.layers) + self.recurrence.nbytes
         held += sum(kv.mirror.held.nbytes for kv in self.layers if kv.mirror.length)
         memory, reads = memory_plan.available(self.model, held), self.reads_by(tokens)
@@ -473,7 +464,7 @@ class KVContext(Context):
         super()._commit()
         self._committed = self.length
         if self._planned is not None:
-            self.recurrence.shrink(STATES)
+            self.recurrence.shrink(memory_plan.STATES)
 
     def _layers(self) -> Sequence[Layer]:
         return self.layers if self.kept is None else self.kept.layers

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 import torch
 
 from longspan.attention import Mechanism
-from longspan.engine.kv_context import PLANNED_CHUNK, STATES
 from longspan.errors import PoolExhaustedError
 from longspan.hf.model import CausalModel
 from longspan.hf.native.blocks import Attention, Experts, Mamba, Mlp
 from longspan.kv.base import PAGE
 
-CHUNKS = (PLANNED_CHUNK, 16384, 8192, 4096, 2048)
-"""Tokens that may run through a native forward together, the fastest first."""
+CHUNKS = (32768, 16384, 8192, 4096, 2048)
+"""Tokens that may run through a native forward together on a GPU, the fastest first."""
+STATES = 1 << 30
+"""Bytes that checkpoints of recurrent states may take on a GPU, where memory is planned."""
 _SLACK = 0.03
 """Of a device's memory, left for what the driver, libraries and fragments take."""
 _STATE_CHUNK = 128
