@@ -1,8 +1,11 @@
 """A layer of any length that needs no memory for it, and counts every key and summary that a mechanism touches."""
 
 import math
+from typing import ClassVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longspan.kv.base import PAGE, LayerKV
 
@@ -107,3 +110,23 @@ def slope(lengths, counts):
     """The exponent of growth: the least-squares slope of log count over log length."""
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (lengths, counts))
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+class Operators(TorchDispatchMode):
+    """Counts the numbers that PyTorch's operators read and write, whoever calls them.
+
+    Views are free; what picks rows of a tensor reads those alone.
+    """
+
+    PICKS: ClassVar[set[str]] = {"aten::index", "aten::index_select", "aten::embedding", "aten::gather"}
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            read = out if func._schema.name in self.PICKS else (args, kwargs)
+            self.numbers += sum(x.numel() for x in tree_leaves((read, out)) if isinstance(x, torch.Tensor))
+        return out

@@ -2,13 +2,53 @@
 
 import pytest
 import torch
-from counting import CountingKV, slope
+from counting import CountingKV, Operators, slope
 
 from longspan.attention import make
 from longspan.attention.base import Shape
 from longspan.errors import UsageError
+from longspan.kv.pages import PagedKV, PagePool
+from longspan.kv.rotary import Rotary
 
 LENGTHS = [2**e + 37 for e in range(12, 23, 2)]
+DIM, HEADS = 8, 2
+
+
+@torch.inference_mode()
+def operators_of_a_step(mechanism, n, drops=False):
+    """Numbers that operators read and write in one decode step over pages, once the step before has been taken."""
+    gen, shape = torch.Generator().manual_seed(15), (1, HEADS, n, DIM)
+    kv = PagedKV(PagePool(HEADS, DIM, DIM, torch.float32, torch.device("cpu")), Rotary(0.1 ** torch.arange(DIM // 2)))
+    kv.append(torch.randn(shape, generator=gen), torch.randn(shape, generator=gen))
+    kv.commit()
+    if drops:
+        kv.drop(*mechanism.dropped(n))
+    for _ in range(3):
+        one = torch.randn(2, 1, HEADS, 1, DIM, generator=gen)
+        with Operators() as counted:
+            if not kv.append_within(*one):
+                kv.append(*one)
+            mechanism.attend(torch.randn(1, 3 * HEADS, 1, DIM, generator=gen), kv)
+    return counted.numbers
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_decode_step_of_streaming_takes_as_much_at_any_length(drops):
+    mechanism = make("streaming", window=1000)
+    counts = [operators_of_a_step(mechanism, n, drops) for n in (4101, 16_389, 65_541)]
+    assert len(set(counts)) == 1
+    # Keys and values of the window are read once: nothing is made of each key, such as its rotation.
+    assert 2 * 1000 * HEADS * DIM < counts[0] < 2.5 * 1000 * HEADS * DIM
+
+
+def test_operators_of_a_decode_step_grow_as_the_mechanism_says():
+    lengths = [16_389, 65_541, 262_149]
+    spans = [operators_of_a_step(make("superlinear", window=500, sinks=4), n) for n in lengths]
+    assert slope(lengths, spans) <= 0.5
+    # A block of 16 has two bounds of each channel, widened (unless they are so already) and multiplied.
+    blocks = [operators_of_a_step(make("quest", dense_layers=0), n) for n in lengths]
+    a_key = (blocks[2] - blocks[1]) / (lengths[2] - lengths[1])
+    assert a_key <= HEADS * (2 * DIM + 40) / 16
 
 
 @pytest.mark.parametrize("options", [{}, dict(beam=4, leaves=2), dict(open_by="mean"), dict(who="layer")], ids=range(4))

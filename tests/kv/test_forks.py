@@ -19,6 +19,8 @@ def check(kv, tokens):
     assert kv.length == count
     assert torch.equal(kv.keys(0, count), key_of(tokens)) and torch.equal(kv.values(0, count), value_of(tokens))
     rotated = ROTARY.range(key_of(tokens), 0)
+    for start in (count // 2, count // 3, count - 1):  # windows, before and after the whole was read
+        torch.testing.assert_close(kv.keys_at_own_positions(start, count), rotated[:, :, start:], atol=1e-12, rtol=0)
     torch.testing.assert_close(kv.keys_at_own_positions(0, count), rotated, atol=1e-12, rtol=0)
     index = torch.tensor([[[count - 1, 0, count // 2], [1, count - 2, count // 3]]])
     wanted = torch.stack([rotated[:, head, index[0, head]] for head in range(HEADS)], 1)
@@ -73,6 +75,19 @@ def test_only_the_one_that_goes_on_copies_rotated_keys():
     assert other.keys_at_own_positions(0, 201).data_ptr() == kv.keys_at_own_positions(0, 200).data_ptr()
     kv.append(key_of([901]), value_of([901]))
     assert other.keys_at_own_positions(0, 201).data_ptr() != kv.keys_at_own_positions(0, 201).data_ptr()
+
+
+def test_a_window_that_moves_on_is_rotated_once(monkeypatch):
+    kv, turned = filled(range(300)), []
+    turn = ROTARY.range
+    monkeypatch.setattr(ROTARY, "range", lambda x, start: turned.append(x.shape[2]) or turn(x, start))
+    for length in range(300, 2600):
+        found = kv.keys_at_own_positions(length - 200, length)
+        if length % 400 == 0:
+            kv.drop(0, length - 200)  # which forgets the window too
+            torch.testing.assert_close(found, turn(key_of(range(length - 200, length)), length - 200))
+        kv.append(key_of([length]), value_of([length]))
+    assert sum(turned) < 2300 + 8 * 200, "more than the new keys, and each window that began anew"
 
 
 def test_rotated_keys_are_kept_only_where_memory_is_free_and_pages_are_as_they_came():

@@ -23,6 +23,9 @@ from longspan.attention.choosing import Choosing
 from longspan.attention.indexed import reads_own_positions
 from longspan.kv.base import BLOCK, LayerKV
 
+_PIECE = 2048
+"""Blocks of a KV head whose bounds are scored together: a MiB in float32, with heads of 64 channels."""
+
 
 @dataclass(frozen=True)
 class Quest(Choosing):
@@ -51,4 +54,7 @@ class Quest(Choosing):
         # A positive channel of the query meets the greatest key, a negative one the least.
         grouped = q.reshape(batch * extremes.shape[1], -1, dim) * scale
         signed = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], -1)
-        return torch.bmm(signed, extremes.flatten(0, 1).to(q.dtype).mT).view(batch, heads, count, blocks)
+        # Widened piece by piece: as a whole it would go to memory and come back from there.
+        pieces = extremes.flatten(0, 1).split(_PIECE, 1)
+        scores = [torch.bmm(signed, piece.to(q.dtype).mT) for piece in pieces]
+        return torch.cat(scores, -1).view(batch, heads, count, blocks)

@@ -1,7 +1,8 @@
 """Keys rotated to their own positions, kept beside the pages for readers of the whole context.
 
 Rotating every key for every token would cost more than attention itself. The copy only ever grows at its end, and
-contexts that were forked share it until one of them needs other rows than it holds.
+contexts that were forked share it until one of them needs other rows than it holds. Where only a window is read, a copy
+of the window alone is kept, which begins anew further on once too much lies before it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from longspan.kv.base import PAGE
+
+_BEHIND = 16 * PAGE
+"""Rows before a window that are kept while it moves on: then it is rotated as a whole again, two keys a token."""
 
 
 class _Rows:
@@ -28,6 +32,8 @@ class Mirror:
         """Start empty."""
         self._rows: _Rows | None = None
         self.length = 0
+        self._near: tuple[int, Mirror] | None = None
+        """The first token of a window, and its rows from there on."""
 
     @property
     def held(self) -> Tensor:
@@ -41,6 +47,18 @@ class Mirror:
             self._extend(stop, rotated(self.length, stop))
         assert self._rows is not None
         return self._rows.rows[:, :, :stop]
+
+    def near(self, start: int, stop: int, rotated: Callable[[int, int], Tensor]) -> Tensor:
+        """Return the keys `[1, Hkv, stop - start, D]` of a window that moves on from one call to the next.
+
+        They are kept apart from those that `read` returns; `rotated` as there.
+        """
+        at, rows = self._near or (start, Mirror())
+        if not at <= start <= at + rows.length or start - at > _BEHIND:
+            rows.clear()
+            at = start
+        self._near = at, rows
+        return rows.read(stop - at, lambda first, last: rotated(at + first, at + last))[:, :, start - at :]
 
     def follows(self, length: int) -> bool:
         """Whether a row for the token `length` can be added where it is: all before it were asked for, and it fits."""
@@ -59,6 +77,9 @@ class Mirror:
     def truncate(self, length: int) -> None:
         """Forget every row from `length` on."""
         self.length = min(self.length, length)
+        if self._near is not None:
+            at, rows = self._near
+            rows.truncate(max(0, length - at))
 
     def fork(self) -> Mirror:
         """Return a mirror that shares these rows."""
@@ -66,13 +87,17 @@ class Mirror:
         if self._rows is not None:
             self._rows.readers += 1
             other._rows, other.length = self._rows, self.length
+        if self._near is not None:
+            other._near = self._near[0], self._near[1].fork()
         return other
 
     def clear(self) -> None:
         """Forget every row and give the memory back."""
         if self._rows is not None:
             self._rows.readers -= 1
-        self._rows, self.length = None, 0
+        if self._near is not None:
+            self._near[1].clear()
+        self._rows, self.length, self._near = None, 0, None
 
     def advance(self, stop: int) -> None:
         """Count the rows up to `stop` as held, which the caller writes; those before were read already."""

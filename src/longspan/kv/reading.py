@@ -158,10 +158,17 @@ class PageReader(LayerKV):
         return self.rotary is not None and self.pages.plain and not self.budget.limited
 
     def keys_at_own_positions(self, start: int, stop: int) -> Tensor:
-        """See `LayerKV`; a reader of the whole context gets keys that were rotated once and kept."""
-        if not self.mirrored or (start > 0 and self.mirror.length < stop):
-            return super().keys_at_own_positions(start, stop)
-        return self.mirror.read(stop, super().keys_at_own_positions)[:, :, start:]
+        """See `LayerKV`; a reader of the whole context, or on a CPU of a window, gets keys rotated once and kept."""
+        rotated = super().keys_at_own_positions
+        if self.mirrored and (start == 0 or stop <= self.mirror.length):
+            return self.mirror.read(stop, rotated)[:, :, start:]
+        return self.mirror.near(start, stop, rotated) if start > 0 and self._keeps_near else rotated(start, stop)
+
+    @property
+    def _keeps_near(self) -> bool:
+        """Whether a window's rotated keys are kept: on a CPU, as in `mirrored`, but whatever was dropped before it."""
+        as_they_came = self.pool.format is self.pool.native.format and not self.exact
+        return self.rotary is not None and as_they_came and not self.budget.limited and self.pool.device.type == "cpu"
 
     def summary(self, what: str, block: int = PAGE) -> Tensor:
         """See `LayerKV`."""
