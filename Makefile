@@ -24,7 +24,7 @@ test: $(STAMP)   ## format, lint, types, then every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 lint: $(STAMP)   ## format and lint, mending what can be mended
 	$(BIN)/ruff format .

@@ -53,7 +53,8 @@ def demo(json: options.AsJson = False) -> None:
         SessionStore().check_writable(NAME)
         llm = work.load(None, None, "auto", progress)
 
-        # A new session whatever was saved before: the first figure must include the reading.
+        # A new session whatever was saved before, and nothing of it used: the first figure must include the reading.
+        llm.reuse = False
         session = Session(NAME)
         llm.add_text(session, text, document.name)
         asked: list[dict[str, Any]] = []
