@@ -237,7 +237,7 @@ def session_import(
     ] = None,
     json: options.AsJson = False,
 ) -> None:
-    """Add a session from a file, after every byte of it was checked."""
+    """Add a session from a file, after every row of it was checked."""
     from longspan.sessions import archive
 
     store = _store()

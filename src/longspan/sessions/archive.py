@@ -60,7 +60,7 @@ def export(store: SessionStore, name: str, path: Path) -> Path:
 
 
 def import_(store: SessionStore, path: Path, name: str | None = None) -> str:
-    """Add a session from a file that `export` wrote, every byte checked, and return its name.
+    """Add a session from a file that `export` wrote, every row checked, and return its name.
 
     Args:
         store: where to.

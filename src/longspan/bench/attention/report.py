@@ -7,14 +7,13 @@ are faster than each other side, and than the fastest dense one. It measures not
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from longspan.bench.attention.measure import WHATS
 from longspan.bench.attention.sides import OURS
+from longspan.bench.journaled import one_result
 from longspan.bench.scaling import crossover, exponent
-from longspan.errors import UsageError
-from longspan.evals.journal import Entry, merged
+from longspan.evals.journal import Entry
 
 COLUMNS = (
     "part", ">context", "side", ">time", ">/ ours", ">floor", ">bandwidth", ">matmul", ">extra", ">error"
@@ -37,20 +36,10 @@ def result(entries: Sequence[Entry]) -> dict[str, Any]:
     Raises:
         UsageError: no row, or rows of different tasks or devices, which must not stand side by side.
     """
-    if not entries:
-        raise UsageError("there is no row yet: give --minutes more time, or files that hold rows")
-    of = entries[0].row.get("of", {})
-    for entry in entries:
-        other = entry.row.get("of", {})
-        if differs := [key for key in of if other.get(key) != of[key]] or [key for key in other if key not in of]:
-            key = differs[0]
-            raise UsageError(
-                f"rows with {key} {of.get(key)} and {other.get(key)} can't be one result: merge them apart"
-            )
-    latest = {(entry.row["what"], entry.row["length"]): entry for entry in entries}
-    kept = sorted(latest.values(), key=lambda entry: (WHATS.index(entry.row["what"]), entry.row["length"]))
-    made = merged([replace(entry, row={key: entry.row[key] for key in entry.row if key != "of"}) for entry in kept])
-    return {**made, "of": of, "scaling": scaling(made["rows"])}
+    made = one_result(
+        entries, lambda row: (row["what"], row["length"]), lambda row: (WHATS.index(row["what"]), row["length"])
+    )
+    return {**made, "scaling": scaling(made["rows"])}
 
 
 def scaling(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from longspan.errors import UsageError
-from longspan.evals.journal import Entry, merged
+from longspan.bench.journaled import one_result
+from longspan.evals.journal import Entry
 
 COLUMNS = (
     ">context", "attention", ">first token", ">prefill", ">decode", ">weights", ">KV", ">state", ">workspace", ">peak",
@@ -24,20 +23,7 @@ def result(entries: Sequence[Entry]) -> dict[str, Any]:
     Raises:
         UsageError: no row, or rows of different models or devices, which must not stand side by side.
     """
-    if not entries:
-        raise UsageError("there is no row yet: give --minutes more time, or files that hold rows")
-    of = entries[0].row.get("of", {})
-    for entry in entries:
-        other = entry.row.get("of", {})
-        if differs := [key for key in {**of, **other} if other.get(key) != of.get(key)]:
-            key = differs[0]
-            raise UsageError(
-                f"rows with {key} {of.get(key)} and {other.get(key)} can't be one result: merge them apart"
-            )
-    latest = {(entry.row["context"], entry.row["attention"]): entry for entry in entries}
-    kept = sorted(latest.values(), key=lambda entry: entry.row["context"])
-    made = merged([replace(entry, row={key: entry.row[key] for key in entry.row if key != "of"}) for entry in kept])
-    return {**made, "of": of}
+    return one_result(entries, lambda row: (row["context"], row["attention"]), lambda row: row["context"])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
