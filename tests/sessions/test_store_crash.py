@@ -163,6 +163,33 @@ def test_a_crash_or_an_interrupt_at_any_call(
     assert check(store) == 2
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_the_disk_holds_whole_outlives_an_interrupt(store: SessionStore, overwrite: bool, way: None) -> None:
+    """Nobody may see a commit that Ctrl-C then takes back; and later saves go on from it."""
+    seen: list[int] = []
+    real = os.lseek
+
+    def interrupted(*args: int) -> int:
+        if args[2] == os.SEEK_CUR and not seen:  # which follows the commit's fsync
+            seen.append(args[0])
+            raise KeyboardInterrupt
+        return real(*args)
+
+    if overwrite:
+        save(store, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "lseek", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 2)
+    assert len(seen) == 1
+    assert check(store) == 2
+    store.save(
+        "s", {"m": 1}, {"tag": 2}, {"group2": {"x": torch.full((2,), 2)}, "empty": {}}, {"d": "text 2 " * 20}, ["kv"]
+    )
+    assert check(store) == 2
+    assert upkeep.verify(store) == []
+
+
 def test_a_fork_a_removal_and_a_rewriting_cut_off_at_any_call(store: SessionStore) -> None:
     works = {
         "fork": lambda: store.fork("s", "t"),

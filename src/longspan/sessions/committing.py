@@ -60,6 +60,8 @@ class Committer(SessionPlace):
                 file, end = appender.commit(manifest.told())
             except BaseException:
                 appender.undo()
+                if appender.whole:  # Ctrl-C came too late to take it back: later saves go on from it
+                    self._seen[manifest.name] = manifest.id
                 raise
         except BaseException:
             if fresh:

@@ -258,6 +258,9 @@ class Journal:
 class Appender:
     """Writes the rows of one commit, and then the commit. To be used under the session's lock."""
 
+    whole = False
+    """Whether the disk holds the commit: it stays then, though Ctrl-C came before it was returned."""
+
     def __init__(self, folder: Path, number: int, known: Journal | None = None) -> None:
         """Begin behind the last commit of a journal, whose rows count on (OSError).
 
@@ -344,18 +347,28 @@ class Appender:
         meta = json.dumps(told, allow_nan=False, separators=(",", ":")).encode()
         files.write_all(self._handle, records.encode(records.COMMIT, self.number, meta, 0, self._salt))
         os.fsync(self._handle)
+        self.whole = True
         end = os.lseek(self._handle, 0, os.SEEK_CUR)
-        if self._new is not None:
-            self._new.replace(self.path)
-            files.sync_folder(self.folder)
+        try:
+            if self._new is not None:
+                self._new.replace(self.path)
+                files.sync_folder(self.folder)
+        except OSError:
+            self.whole = False
+            raise
         self.close()
         return self.path.name, end
 
     def undo(self) -> None:
-        """Leave the files as they were, as far as that can be done; nothing, where the commit was returned."""
+        """Leave the files as they were, as far as that can be done; where the commit is whole, it is what they hold."""
         if self._handle < 0:
             return
-        if self._new is not None:
+        if self.whole:
+            with contextlib.suppress(OSError):
+                if self._new is not None and self._new.exists():
+                    self._new.replace(self.path)
+                    files.sync_folder(self.folder)
+        elif self._new is not None:
             files.discard([self._new, self.path])
         else:
             with contextlib.suppress(OSError):
