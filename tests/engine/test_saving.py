@@ -185,7 +185,8 @@ def test_a_damaged_memory_is_refused(make_llm, text, spec, spoil):
     else:
         blob.unlink()
     with pytest.raises(SessionCorruptError, match="codes"):
-        make_llm(spec).session("codes")
+        other = make_llm(spec)
+        ask(other, other.session("codes"))
     # What is in memory is whole, and can be saved over the damage under another name.
     session.name, session.saved_length = "again", -1
     llm.save(session)

@@ -15,7 +15,8 @@ import torch
 
 from longspan.errors import SessionCorruptError, SessionError, SessionMismatchError, SessionNotFoundError, UsageError
 from longspan.sessions import archive, files, locks, records, upkeep
-from longspan.sessions.journal import Appender, Journal
+from longspan.sessions.appending import Appender
+from longspan.sessions.journal import Journal
 from longspan.sessions.store import Rows, SessionStore
 
 TEXTS = {"d": "words", "é": "日本"}

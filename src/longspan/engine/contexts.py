@@ -20,6 +20,7 @@ from longspan.engine.recurrence import Recurrence
 from longspan.hf.model import CausalModel
 from longspan.kv.base import BLOCK, PAGE
 from longspan.kv.budget import Budget
+from longspan.kv.coming import Arrivals
 from longspan.kv.pages import PagedKV, PagePool
 from longspan.kv.tiers import Tiers
 from longspan.kv.undisturbed import Undisturbed
@@ -40,6 +41,9 @@ class Layer(Protocol):
     def length(self) -> int:
         """Number of tokens of the context, whatever is held of them."""
         ...
+
+    pool: PagePool
+    """Where its pages lie."""
 
     @property
     def nbytes(self) -> int:
@@ -287,6 +291,12 @@ def paged(
 
 
 def restore_layers(layers: Sequence[Layer], length: int, tensors: Mapping[str, Tensor]) -> None:
-    """Hold every layer's saved pages (SessionCorruptError, PoolExhaustedError: as `PagedKV.restore`)."""
+    """Hold every layer's saved pages (SessionCorruptError, PoolExhaustedError: as `PagedKV.restore`).
+
+    Those of a file come as they are read, and the others in the background.
+    """
     for i, kv in enumerate(layers):
         kv.restore(f"{i}.", length, tensors)
+    away = [plane.coming for kv in layers for plane in kv.pool.planes]
+    if found := [coming for coming in away if coming is not None]:
+        Arrivals(found).start()

@@ -36,7 +36,9 @@ class Attending:
         return self.mechanism.attend(q, kv, scale=scale, hints=hints)
 
     def _look_ahead(self, layer: int) -> None:
-        """Have the next layer's pages brought up that lie below and will be read, while this one attends."""
+        """Have the next layer's pages that will be read brought from below, or from a file, while this one attends."""
+        if layer < len(self.layers) and self.mechanism.reads_all:
+            self.layers[layer].pool.want()
         if layer < len(self.layers) and (kv := self.layers[layer]).exact:
             if self.hints.chosen_pages:
                 kv.prefetch(self.hints.chosen_pages)

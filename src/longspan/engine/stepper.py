@@ -96,6 +96,8 @@ class Stepper:
     def begin(self, token: int, count: int, state: Mapping[str, Tensor]) -> None:
         """Have pages, states and the first token of some steps where these read them; arguments as for `run`."""
         assert 0 < count <= TOGETHER, f"{count} steps together"
+        for kv in self.layers:
+            kv.pool.native.need(None)  # a graph reads pages wherever they lie
         before = self.layers[0].length
         with Undisturbed():
             self._make_room(count)

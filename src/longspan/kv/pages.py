@@ -203,6 +203,8 @@ class PagedKV(PageResolver):
         keep = -(-length // PAGE)
         gone: list[tuple[Plane, int]] = [self.pool.find(handle) for handle in self.table[keep:] if handle != DROPPED]
         gone += [(self.pool.marks, mark) for mark in self.blocks.table.slots[keep:] if mark != DROPPED]
+        if length % PAGE:
+            self._bring(keep - 1)
         self._let_go(gone)
         self._forget_copies(page for page in self.exact if page >= keep)
         self.pages.cut(keep)
@@ -292,6 +294,12 @@ class PagedKV(PageResolver):
         self._written, self._fresh = self._old_enough(0, length).stop, 0
         self._length = self._committed = length
         parts.unpack(self)
+
+    def _bring(self, page: int) -> None:
+        """Have a page here that is still in a file (SessionError: it can't be read)."""
+        if self.table[page] != DROPPED:
+            plane, slot = self.pool.find(self.table[page])
+            plane.need([slot])
 
     def moved(self, plane: Plane, moves: dict[int, int]) -> None:
         """See `pool.Movable`."""

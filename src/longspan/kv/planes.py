@@ -8,8 +8,9 @@ memory they may set aside ahead of need.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
+from longspan.kv.coming import Coming, Rows
 from longspan.kv.encodings import Format
 from longspan.kv.tables import NATIVE
 
@@ -48,6 +50,7 @@ class Plane:
             name: torch.empty(heads, 0, *shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
         }
         self.page_bytes = sum(heads * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+        self.moving = threading.Lock()  # see `coming.Taking`
         self.references: list[int] = []
         self.free_slots: list[int] = []  # the last is taken first
         self._budget, self._heads = budget, heads
@@ -123,13 +126,14 @@ class Plane:
         return moved
 
     def _resize(self, slots: int) -> None:
-        for name, old in self.tensors.items():
-            # A tensor made while a model runs in inference mode could not be written to afterwards.
-            with torch.inference_mode(False):
-                new = old.new_empty(old.shape[0], slots, *old.shape[2:])
-            kept = min(slots, old.shape[1])
-            new[:, :kept] = old[:, :kept]
-            self.tensors[name] = new
+        with self.moving:
+            for name, old in self.tensors.items():
+                # A tensor made while a model runs in inference mode could not be written to afterwards.
+                with torch.inference_mode(False):
+                    new = old.new_empty(old.shape[0], slots, *old.shape[2:])
+                kept = min(slots, old.shape[1])
+                new[:, :kept] = old[:, :kept]
+                self.tensors[name] = new
         self._budget.reserved += self.nbytes - self._aside[0]
         self._aside[0] = self.nbytes
 
@@ -163,14 +167,56 @@ class PagePlane(Plane):
             shapes[f"{what}_scale"] = (made.scale_shape(what, dim), made.scale_dtype)
         super().__init__(shapes, heads, device, budget)
         self.number, self.format, self.dims = number, made, dict(dims)
+        self._coming: Coming | None = None
 
     def handle(self, slot: int) -> int:
         """Return what stands for a slot of this plane in a page table."""
         return (self.number << SHIFT) + slot
 
+    @property
+    def coming(self) -> Coming | None:
+        """Pages that are still in a file; None: all are here."""
+        if self._coming is not None and not self._coming.left():
+            self._coming = None
+        return self._coming
+
+    def expect(self, slots: Sequence[int], rows: Mapping[str, Rows]) -> None:
+        """Have pages come to slots, which were taken for them, from a file as they are read (errors of `need`)."""
+        self.need(None)  # those of an earlier file first
+        self._coming = Coming(self, rows, slots, self.slots)
+
+    def need(self, slots: Iterable[int] | slice | Tensor | None, *parts: str) -> None:
+        """Return once what slots (None: all) hold of `k` and `v`, or one of them, is here.
+
+        Raises:
+            SessionError: a page can't be read from its file.
+            SessionCorruptError: it is damaged there.
+        """
+        if self._coming is not None:
+            for part in parts or ("k", "v"):
+                self._coming.need(slots, part)
+
+    def release(self, slots: Iterable[int]) -> None:
+        """See `Plane.release`."""
+        given = list(slots)
+        super().release(given)
+        if self._coming is not None:
+            self._coming.forget(slot for slot in given if not self.references[slot])
+
+    def copy(self, source: int, target: int) -> None:
+        """See `Plane.copy`."""
+        self.need([source])
+        super().copy(source, target)
+
+    def compact(self) -> dict[int, int]:
+        """See `Plane.compact`."""
+        self.need(None)
+        return super().compact()
+
     def import_from(self, other: PagePlane, sources: list[int], targets: list[int]) -> None:
         """Copy pages as they are from a plane of the same format, on whichever device."""
         assert other.format.coding == self.format.coding, "only pages of one format are copied as they are"
+        other.need(sources)
         for name, tensor in self.tensors.items():
             tensor[:, targets] = other.tensors[name][:, sources].to(tensor.device)
 
@@ -193,11 +239,13 @@ class PagePlane(Plane):
 
     def codes(self, head: Tensor, slot: Tensor, offset: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """Return the codes and scales of single tokens; arguments as for `rows`, of any one shape."""
+        self.need(slot, what)
         row = (head * self.slots + slot) * PAGE + offset
         return self.tensors[what].flatten(0, 2)[row], self.tensors[f"{what}_scale"].flatten(0, 2)[row]
 
     def read(self, slots: slice | Tensor, what: str, dtype: torch.dtype) -> Tensor:
         """Return pages of `k` or `v` `[Hkv, n, PAGE, D]`; a view where slots are a slice and nothing is decoded."""
+        self.need(slots, what)
         codes = self.tensors[what][:, slots]
         if self.format.code_dtype == dtype:
             return codes
@@ -206,6 +254,7 @@ class PagePlane(Plane):
 
     def rows(self, head: Tensor, slot: Tensor, offset: Tensor, what: str, dtype: torch.dtype) -> Tensor:
         """Return single tokens of `k` or `v` `[n, D]`, given int64 `[n]` head, slot and place in the page."""
+        self.need(slot, what)
         codes, scales = self.tensors[what], self.tensors[f"{what}_scale"]
         # int64 throughout: a pool of one layer of a 10M context passes 2^31 elements.
         page = head * self.slots + slot

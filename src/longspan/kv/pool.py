@@ -235,6 +235,12 @@ class PagePool:
                 raise
         return slots
 
+    def want(self) -> None:
+        """Say that every page will be read soon: those that are still in a file come at once."""
+        for plane in self._planes:
+            if (coming := plane.coming) is not None:
+                coming.wanted = {"k", "v"}
+
     def page_bytes(self, spec: str) -> int:
         """Return the bytes of one page of keys and values in a format, scales included (errors: as `plane`)."""
         made = self._format(spec)

@@ -107,7 +107,7 @@ class PageReader(LayerKV):
         """See `LayerKV`."""
         index = index.to(self.pool.device)
         v = self._gather("v", index[0]).unsqueeze(0)
-        if rotated and self.mirrored:
+        if rotated and self._all_rotated:
             self.keys_at_own_positions(0, self._length)
             return _rows(self.mirror.held[0], index[0]).unsqueeze(0), v
         k = self._gather("k", index[0]).unsqueeze(0)
@@ -137,12 +137,14 @@ class PageReader(LayerKV):
         pool, each = self.pool, PAGE // size
         wanted = blocks[0].to(pool.device)
         slot = self.pages.run(0, len(self.table))
+        if pool.native.coming is not None:
+            pool.native.need(self.pages.tensor(pool.device)[wanted // each])
         if slot is None:
             rows = self.pages.tensor(pool.device)[wanted // each] * each + wanted % each
         else:
             rows = wanted + slot * each if slot else wanted
         v = _blocks(pool.values, rows, size)
-        if rotated and self.mirrored:
+        if rotated and self._all_rotated:
             if self.mirror.length < self._length:
                 self.keys_at_own_positions(0, self._length)
             return _blocks(self.mirror.held[0], wanted, size).unsqueeze(0), v.unsqueeze(0)
@@ -156,6 +158,12 @@ class PageReader(LayerKV):
     def mirrored(self) -> bool:
         """Whether rotated keys are kept: where memory is not limited, and for pages that are held as they came."""
         return self.rotary is not None and self.pages.plain and not self.budget.limited
+
+    @property
+    def _all_rotated(self) -> bool:
+        """Whether single keys are taken from the rotated ones: not while that would bring every page from a file."""
+        coming = self.pool.native.coming
+        return self.mirrored and (coming is None or not coming.left("k"))
 
     def keys_at_own_positions(self, start: int, stop: int) -> Tensor:
         """See `LayerKV`; a reader of the whole context, or on a CPU of a window, gets keys rotated once and kept."""
@@ -176,6 +184,8 @@ class PageReader(LayerKV):
 
     def held(self, what: str) -> Held | None:
         """See `LayerKV`: where all pages are in the native type or fp8."""
+        for each in self.pool.planes:
+            each.need(None, what)
         native = self.pool.native.tensors[what]
         table = self.pages.tensor(self.pool.device).unsqueeze(0)
         if self.pages.plain:
@@ -285,6 +295,7 @@ class PageReader(LayerKV):
         index = index.to(pool.device)
         handle, offset = self.pages.tensor(pool.device)[index // PAGE], index % PAGE
         if self.pages.plain:
+            pool.native.need(handle, what)
             held = pool.native.tensors[what].flatten(1, 2)
             # int64 throughout: a pool of one layer of a 10M context passes 2^31 elements.
             flat = handle * PAGE + offset

@@ -88,6 +88,7 @@ class RecordPlane(PagePlane):
     def import_from(self, other: PagePlane, sources: list[int], targets: list[int]) -> None:
         """See `PagePlane.import_from`; counted as bytes that went down."""
         self.tiers.traffic.down(self.tier, len(targets) * self.page_bytes)
+        other.need(sources)
         if isinstance(other, RecordPlane):
             assert self._base is not None, "the targets were taken"
             self._base[targets] = other.records(sources)

@@ -2,10 +2,11 @@
 
 Tensors by name: `pages`, `k` and `v` of the pages in the native type; `FORMAT.pages`, `FORMAT.k`, `FORMAT.k_scale`
 and so on of those in another format, named with the options that say what its codes mean; `host.*` of copies below the
-device, in the same way; `marks.*` of the summaries of pages that are not held
-exactly (others are computed again), and `asked.KIND.BLOCK` of summaries that the pool does not keep itself; `memory.*`
-of what a mechanism remembers beside pages.
-It does not know files: the sessions' store does.
+device, in the same way; `marks.*` of the summaries of pages, and which of these are more exact than what is held
+(`marks.rounded`); `asked.KIND.BLOCK` of summaries that the pool does not keep itself; `memory.*` of what a mechanism
+remembers beside pages.
+Pages of a file stay there until they are read (`coming.py`). Earlier versions saved no summaries that can be computed
+again. It does not know files: the sessions' store does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from longspan.errors import SessionCorruptError, UsageError
 from longspan.kv import formats
 from longspan.kv.base import PAGE, SUMMARIES
+from longspan.kv.coming import Rows, rows_in
 from longspan.kv.encodings import Format
 from longspan.kv.memory import LayerMemory
 from longspan.kv.planes import SLOT, PagePlane, Plane
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 MEMORY = "memory."
 """What the names of remembered tensors begin with, behind the layer's prefix."""
 _PARTS = ("k", "v", "k_scale", "v_scale", *SUMMARIES)
+_ROUNDED = "marks.rounded"
 _TOGETHER = 512  # numbers of pages that are one row
+_AHEAD = 8  # pages
 
 
 def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
@@ -54,10 +58,11 @@ def pack(kv: PagedKV, prefix: str) -> dict[str, Tensor]:
                 if _saves(tensor):
                     whole = tensor.shape[2] == PAGE
                     out[prefix_below + name] = _without_tail(tensor, copied, kv.length, 1) if whole else tensor
-    kept = [page for page, mark in enumerate(kv.blocks.table.slots) if mark != DROPPED and not _recomputed(kv, page)]
+    kept = [page for page, mark in enumerate(kv.blocks.table.slots) if mark != DROPPED]
     if kept:
         marks = [kv.blocks.table.slots[page] for page in kept]
         out["marks.pages"] = torch.tensor(kept, dtype=torch.int64)
+        out[_ROUNDED] = torch.tensor(sorted(kv.rounded), dtype=torch.int64)
         for what, tensor in pool.marks.tensors.items():
             out[f"marks.{what}"] = _without_tail(tensor[:, marks], kept, kv.length, pool.block)
     if not kv.pages.plain:
@@ -91,9 +96,11 @@ def rows_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, list[int
 class Parts:
     """Saved tensors that were found to fit a context."""
 
-    groups: dict[PagePlane, tuple[list[int], Mapping[str, Tensor]]]
-    exact: dict[str, tuple[Format, list[int], Mapping[str, Tensor]]]
-    marks: tuple[list[int], Mapping[str, Tensor]]
+    groups: dict[PagePlane, tuple[list[int], Mapping[str, Rows]]]
+    exact: dict[str, tuple[Format, list[int], Mapping[str, Rows]]]
+    marks: tuple[list[int], Mapping[str, Rows]]
+    rounded: set[int]
+    """Pages whose summaries are more exact than what is held of them."""
     asked: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -115,17 +122,27 @@ class Parts:
         """Fill an empty context whose length is set and whose bytes are counted."""
         pool, count = kv.pool, -(-kv.length // PAGE)
         handles = [DROPPED] * count
-        for plane, (pages, tensors) in self.groups.items():
-            plane.reserve(len(pages))
-            for page, slot in zip(pages, _fill(plane, len(pages), tensors), strict=True):
+        for plane, (pages, rows) in self.groups.items():
+            # Room for a question and its answer, so that nothing moves while pages come.
+            plane.reserve(len(pages) + (0 if pool.budget.limited else _AHEAD))
+            slots = plane.take(len(pages))
+            if pages and not any(each.here for each in rows.values()):
+                plane.expect(slots, rows)
+            else:
+                _fill(plane, slots, rows)
+            for page, slot in zip(pages, slots, strict=True):
                 handles[page] = plane.handle(slot)
         kv.pages = SlotTable(handles)
+        if kv.length % PAGE and handles[-1] != DROPPED:  # the next token is written beside what it holds
+            plane, slot = pool.find(handles[-1])
+            plane.need([slot])
         kv.exact = {}
-        for made, pages, tensors in self.exact.values():
+        for made, pages, rows in self.exact.values():
             places = pool.place_below(made, len(pages))
+            copies = {name: each.read(0, len(pages)) for name, each in rows.items()}
             for below in dict.fromkeys(below for below, _ in places):
-                mine = [i for i, (plane, _) in enumerate(places) if plane is below]
-                below.fill([places[i][1] for i in mine], {name: tensor[:, mine] for name, tensor in tensors.items()})
+                mine = [i for i, (plane_below, _) in enumerate(places) if plane_below is below]
+                below.fill([places[i][1] for i in mine], {name: tensor[:, mine] for name, tensor in copies.items()})
             kv.exact.update((page, below.handle(slot)) for page, (below, slot) in zip(pages, places, strict=True))
         if pool.summaries:
             self._summaries(kv, count)
@@ -137,11 +154,10 @@ class Parts:
         for page, mark in zip(summarised, pool.marks.take(len(summarised)), strict=True):
             marks[page] = mark
         kv.blocks.table = SlotTable(marks)
-        saved, tensors = self.marks
-        kv.rounded = {page for page in saved if 0 <= kv.table[page] < NATIVE}
-        for what, tensor in pool.marks.tensors.items():
-            if saved:
-                tensor[:, [marks[page] for page in saved]] = tensors[what].to(tensor)
+        saved, rows = self.marks
+        kv.rounded = {page for page in self.rounded if 0 <= kv.table[page] < NATIVE}
+        if saved:
+            _fill(pool.marks, [marks[page] for page in saved], rows)
         for page in sorted(set(summarised) - set(saved)):
             start, stop = page * PAGE, min((page + 1) * PAGE, kv.length // block * block)
             if stop > start:
@@ -151,26 +167,30 @@ class Parts:
 def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> Parts:
     """Return what a context of `length` tokens would hold (SessionCorruptError if it does not fit); changes nothing."""
     pool, count = kv.pool, -(-length // PAGE)
-    held = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    groups = {pool.native: _group(held, "", pool.native, count)}
-    exact: dict[str, tuple[Format, list[int], Mapping[str, Tensor]]] = {}
-    for name in held:
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+
+    def group(part: str, plane: Plane) -> tuple[list[int], Mapping[str, Rows]]:
+        return _group(tensors, f"{prefix}{part}", plane, count)
+
+    groups = {pool.native: group("", pool.native)}
+    exact: dict[str, tuple[Format, list[int], Mapping[str, Rows]]] = {}
+    for name in names:
         if name.endswith("pages") and name not in ("pages", "marks.pages"):
             in_host, spec = name.startswith("host."), name.removeprefix("host.").removesuffix("pages").removesuffix(".")
             made = _format(pool, spec)
+            part = name.removesuffix("pages")
             if in_host:
-                exact[made.coding] = (
-                    made,
-                    *_group(held, name.removesuffix("pages"), pool.plane_below(made, HOST), count),
-                )
+                exact[made.coding] = (made, *group(part, pool.plane_below(made, HOST)))
             else:
                 plane = pool.plane_of(made)
-                groups[plane] = _group(held, name.removesuffix("pages"), plane, count)
+                groups[plane] = group(part, plane)
     pages = [page for found, _ in groups.values() for page in found]
-    marks = _group(held, "marks.", pool.marks, count) if pool.summaries and "marks.pages" in held else ([], {})
+    marks = group("marks.", pool.marks) if pool.summaries and "marks.pages" in names else ([], {})
+    rounded = set(tensors[names[_ROUNDED]].tolist() if _ROUNDED in names else marks[0])
     asked = {}
-    for name, tensor in held.items():
+    for name, stored in names.items():
         if name.startswith("asked."):
+            tensor = tensors[stored]
             what, _, block = name.removeprefix("asked.").rpartition(".")
             dim = pool.dims["v" if what == "mean_value" else "k"]
             if not block.isdigit() or int(block) == 0 or tensor.shape[::2] != (pool.kv_heads, dim):
@@ -181,7 +201,7 @@ def checked(kv: PagedKV, prefix: str, length: int, tensors: Mapping[str, Tensor]
     copied = [page for _, found, _ in exact.values() for page in found]
     if len(set(pages)) != len(pages) or len(set(copied)) != len(copied):
         raise _unfit()
-    return Parts(groups, exact, marks, asked)
+    return Parts(groups, exact, marks, rounded, asked)
 
 
 def remembered(
@@ -203,12 +223,14 @@ def remembered(
     return memory
 
 
-def _group(held: Mapping[str, Tensor], prefix: str, plane: Plane, count: int) -> tuple[list[int], Mapping[str, Tensor]]:
+def _group(
+    tensors: Mapping[str, Tensor], prefix: str, plane: Plane, count: int
+) -> tuple[list[int], Mapping[str, Rows]]:
     """Return the pages of one group and its tensors, by the plane's names."""
     try:
-        pages = held[f"{prefix}pages"]
+        pages = tensors[f"{prefix}pages"]
         # A format without scales has nothing to save of them.
-        found = {name: held[f"{prefix}{name}"] for name, tensor in plane.tensors.items() if _saves(tensor)}
+        found = {name: rows_in(tensors, f"{prefix}{name}") for name, held in plane.tensors.items() if _saves(held)}
     except KeyError as error:
         raise SessionCorruptError(f"the saved pages lack {error}: remove the session and read again") from error
     fits = (
@@ -216,7 +238,7 @@ def _group(held: Mapping[str, Tensor], prefix: str, plane: Plane, count: int) ->
         and (pages.numel() == 0 or 0 <= int(pages[0]) <= int(pages[-1]) < count)
         and bool((pages.diff() > 0).all())
         and all(
-            found[name].shape == (tensor.shape[0], pages.numel(), *tensor.shape[2:])
+            tuple(found[name].shape) == (tensor.shape[0], pages.numel(), *tensor.shape[2:])
             for name, tensor in plane.tensors.items()
             if name in found
         )
@@ -226,7 +248,8 @@ def _group(held: Mapping[str, Tensor], prefix: str, plane: Plane, count: int) ->
     return pages.tolist(), found
 
 
-def _plane_tensors(plane: Plane, slots: list[int], pages: list[int], length: int, prefix: str) -> dict[str, Tensor]:
+def _plane_tensors(plane: PagePlane, slots: list[int], pages: list[int], length: int, prefix: str) -> dict[str, Tensor]:
+    plane.need(slots)
     out = {f"{prefix}pages": torch.tensor(pages, dtype=torch.int64)}
     for name, tensor in plane.tensors.items():
         if _saves(tensor):
@@ -242,11 +265,10 @@ def _without_tail(pages: Tensor, numbers: list[int], length: int, block: int) ->
     return pages
 
 
-def _fill(plane: Plane, count: int, tensors: Mapping[str, Tensor]) -> list[int]:
-    slots = plane.take(count)
-    for name, tensor in tensors.items():
-        plane.tensors[name][:, slots] = tensor.to(plane.tensors[name])
-    return slots
+def _fill(plane: Plane, slots: list[int], rows: Mapping[str, Rows]) -> None:
+    for name, each in rows.items():
+        target = plane.tensors[name]
+        target[:, slots] = each.read(0, len(slots)).to(target)
 
 
 def _saves(tensor: Tensor) -> bool:
@@ -275,11 +297,6 @@ def _format(pool: PagePool, spec: str) -> Format:
         return formats.format_of(spec or None, pool.dtype)
     except UsageError as error:
         raise SessionCorruptError(f"the saved pages can't be read: {error}") from error
-
-
-def _recomputed(kv: PagedKV, page: int) -> bool:
-    """Whether a page's summaries are those of what it holds, so that they need not be saved."""
-    return 0 <= kv.table[page] < NATIVE and page not in kv.rounded
 
 
 def _unfit() -> SessionCorruptError:

@@ -195,6 +195,7 @@ class PageWriter(PageReader):
             return
         if start < before:
             slot, begun = self.table[before // PAGE], slice(start % PAGE, before % PAGE)
+            self.pool.native.need([slot])
             k = torch.cat([self.pool.keys[:, slot, begun], k], 1)
             v = torch.cat([self.pool.values[:, slot, begun], v], 1)
         self.blocks.write(self, start, k, v)

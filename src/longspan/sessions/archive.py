@@ -13,7 +13,8 @@ from pathlib import Path
 
 from longspan.errors import SaveError, SessionCorruptError, UsageError
 from longspan.sessions import stored
-from longspan.sessions.journal import Appender, DamageError, Journal
+from longspan.sessions.appending import Appender
+from longspan.sessions.journal import DamageError, Journal
 from longspan.sessions.manifest import NewerFormatError, later, manifest_of
 from longspan.sessions.records import LaterError
 from longspan.sessions.store import SessionStore

@@ -13,8 +13,9 @@ from typing import Any
 
 from longspan.errors import SaveError, SessionCorruptError, SessionError, UsageError
 from longspan.sessions import files, stored
+from longspan.sessions.appending import Appender
 from longspan.sessions.committing import Committer
-from longspan.sessions.journal import Appender, DamageError, Journal
+from longspan.sessions.journal import DamageError, Journal
 from longspan.sessions.manifest import Manifest, manifest_of
 from longspan.sessions.messages import failure
 

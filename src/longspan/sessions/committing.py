@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan.sessions import files, legacy, prefixes, stored
+from longspan.sessions.appending import Appender
 from longspan.sessions.catalogue import Row
-from longspan.sessions.journal import Appender, Journal, last_segment, segments
+from longspan.sessions.journal import Journal, last_segment, segments
 from longspan.sessions.manifest import Manifest
 from longspan.sessions.place import SessionPlace
 from longspan.sessions.rows import TensorSource, TextSource

@@ -1,11 +1,11 @@
-"""One session's journal on disk: segments that follow one another, read up to the last whole commit, and appended to.
+"""One session's journal on disk: segments that follow one another, read up to the last whole commit.
 
 A segment is a file of records (`records.py`). The first says which segments it follows and how many bytes of each
 count, so that a fork is a new segment after the ones it shares (by a second name of the same file): nothing is copied,
 and either may go first. Only the last segment is ever written to, and only behind its last commit: rows, then, once
 these are synced, one commit record, then a sync again. Whatever is cut off at whatever byte, the commit before it is
-there.
-It does not know what rows mean, names of sessions, or locks: whoever appends holds the session's.
+there (`appending.py`).
+It does not know what rows mean, names of sessions, or locks.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import contextlib
 import json
 import os
 import re
-import secrets
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longspan.sessions import files, locks, records
+from longspan.sessions import files, records
 from longspan.sessions.records import BrokenError, LaterError, Record, RowsMeta
-from longspan.sessions.rows import Source
+
+if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and listing sessions needs none of it
+    from longspan.sessions.places import Places
 
 SEGMENT = re.compile(r"(\d{6})-([0-9a-f]{16})\.journal")
 _SCAN = 1 << 20  # bytes looked through at a time for a record behind damage
@@ -52,16 +54,6 @@ class Segment:
     stop: int
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a row lies."""
-
-    segment: int
-    offset: int
-    size: int
-    checksum: int
-
-
 @dataclass
 class Commit:
     """A commit: its number, what it says, and where it ends."""
@@ -84,7 +76,9 @@ class Journal:
     """Bytes behind the last commit, which an interrupted write left."""
     _handles: list[int] = field(default_factory=list)
     _rows: list[tuple[int, Record]] = field(default_factory=list)
-    _streams: dict[tuple[str, ...], dict[int, Place]] | None = None
+    _streams: dict[tuple[str, ...], list[tuple[int, int, RowsMeta]]] | None = None
+    _places: dict[tuple[str, ...], Places] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(
@@ -149,29 +143,38 @@ class Journal:
             raise DamageError(self.segments[segment].path, "holds a commit that is not JSON", record.at) from error
         return Commit(record.commit, told, segment, record.end)
 
-    def places(self, stream: Sequence[str]) -> dict[int, Place]:
-        """Return where the newest of each row of a stream lies, by its number (DamageError: a record tells no rows)."""
-        if self._streams is None:
-            self._streams = {}
-            for segment, record in self._rows:
-                self._enter(segment, record)
-        return self._streams.setdefault(tuple(stream), {})
+    def places(self, stream: Sequence[str]) -> Places:
+        """Return where the newest of each row of a stream lies (DamageError: a record tells no rows).
 
-    def read(self, places: Sequence[Place], buffer: memoryview) -> None:
+        Any number of threads may ask, and read.
+        """
+        from longspan.sessions.places import Places
+
+        with self._lock:
+            if self._streams is None:
+                self._streams = {}
+                for segment, record in self._rows:
+                    rows = self._told(segment, record)
+                    self._streams.setdefault(rows.stream, []).append((segment, record.data_at, rows))
+            key = tuple(stream)
+            if key not in self._places:
+                self._places[key] = Places.of(self._streams.get(key, []))
+            return self._places[key]
+
+    def read(self, places: Places, buffer: memoryview) -> None:
         """Fill a buffer with rows that lie one after the other, each checked. Raises DamageError, OSError."""
-        first = places[0]
-        segment = self.segments[first.segment]
-        if files.read_into(segment.handle, buffer, first.offset) < len(buffer):
-            raise DamageError(segment.path, "is cut short", first.offset)
+        segment, start = self.segments[int(places.segments[0])], int(places.offsets[0])
+        if files.read_into(segment.handle, buffer, start) < len(buffer):
+            raise DamageError(segment.path, "is cut short", start)
         at = 0
-        for place in places:
-            if records.checksum(buffer[at : at + place.size]) != place.checksum:
-                raise DamageError(segment.path, "fails its checksum", place.offset)
-            at += place.size
+        for size, checksum in zip(places.sizes.tolist(), places.checksums.tolist(), strict=True):
+            if records.checksum(buffer[at : at + size]) != checksum:
+                raise DamageError(segment.path, "fails its checksum", start + at)
+            at += size
 
-    def ahead(self, place: Place, count: int) -> None:
-        """Have the system bring up so many bytes from where a row lies, in the background."""
-        files.will_read(self.segments[place.segment].handle, place.offset, count)
+    def ahead(self, places: Places) -> None:
+        """Have the system bring up rows that lie one after the other, in the background."""
+        files.will_read(self.segments[int(places.segments[0])].handle, int(places.offsets[0]), places.nbytes)
 
     def records(self) -> Iterable[tuple[Segment, Record]]:
         """Yield every record up to the last commit, in order."""
@@ -243,143 +246,11 @@ class Journal:
             return error
         return None
 
-    def _enter(self, segment: int, record: Record) -> None:
-        assert self._streams is not None, "made before"
+    def _told(self, segment: int, record: Record) -> RowsMeta:
         try:
-            rows = records.decode_rows(record)
+            return records.decode_rows(record)
         except BrokenError as error:
             raise DamageError(self.segments[segment].path, str(error), error.at) from error
-        known, offset = self._streams.setdefault(rows.stream, {}), record.data_at
-        for number, size, checksum in zip(rows.numbers, rows.sizes, rows.checksums, strict=True):
-            known[number] = Place(segment, offset, size, checksum)
-            offset += size
-
-
-class Appender:
-    """Writes the rows of one commit, and then the commit. To be used under the session's lock."""
-
-    whole = False
-    """Whether the disk holds the commit: it stays then, though Ctrl-C came before it was returned."""
-
-    def __init__(self, folder: Path, number: int, known: Journal | None = None) -> None:
-        """Begin behind the last commit of a journal, whose rows count on (OSError).
-
-        Args:
-            folder: of the session.
-            number: of the commit.
-            known: the journal; None: a new segment that stands alone.
-        """
-        self.folder, self.number, self._known = folder, number, known
-        self._new: Path | None = None
-        if known is None:
-            newest = last_segment(folder)
-            self._begin(0 if newest is None else int(newest.name[:6]) + 1, ())
-            return
-        self.path, self._salt, self._start = known.last.path, known.last.salt, known.end
-        self._handle = files.open_to_write(self.path)
-        try:
-            if known.tail:
-                os.ftruncate(self._handle, self._start)
-            os.lseek(self._handle, self._start, os.SEEK_SET)
-        except BaseException:
-            self.close()
-            raise
-
-    @classmethod
-    def alone(cls, path: Path, number: int) -> Appender:
-        """Return one that writes a segment of any name, which stands alone (BlockingIOError: another does; OSError)."""
-        made = cls.__new__(cls)
-        made.folder, made.number, made._known = path.parent, number, None
-        made._begin(0, (), path)
-        return made
-
-    @classmethod
-    def after(cls, folder: Path, known: Journal, shared: Sequence[tuple[str, int]]) -> Appender:
-        """Return one that begins a new segment after shared ones, whose rows count on (OSError)."""
-        made = cls.__new__(cls)
-        made.folder, made.number, made._known = folder, known.number + 1, known
-        made._begin(int(known.last.path.name[:6]) + 1, shared)
-        return made
-
-    def _begin(self, ordinal: int, before: Sequence[tuple[str, int]], path: Path | None = None) -> None:
-        self._salt, self._start = secrets.randbits(64), 0
-        self.path = path or self.folder / f"{ordinal:06d}-{self._salt:016x}.journal"
-        self._new = self.path.with_name(f".{self.path.name}{files.PART}")
-        self._handle = files.create(self._new) if path is None else locks.take(self._new)
-        try:
-            os.ftruncate(self._handle, 0)  # a segment that stands alone may find what an interrupted one left
-            files.write_all(self._handle, records.encode_head(self._salt, before))
-        except BaseException:
-            self.undo()
-            raise
-
-    def write(self, source: Source) -> None:
-        """Write the rows of a stream that are not there as they are. Raises OSError."""
-        known = self._known.places(source.stream) if self._known is not None else {}
-        for piece in source.pieces():
-            numbers: list[int] = []
-            sizes: list[int] = []
-            sums: list[int] = []
-            kept: list[memoryview] = []
-            at = 0
-            for i, size in enumerate(piece.sizes):
-                row, number = piece.data[at : at + size], source.numbers[piece.first + i]
-                at += size
-                checksum, place = records.checksum(row), known.get(number)
-                if place is not None and (place.size, place.checksum) == (size, checksum):
-                    continue
-                numbers.append(number)
-                sizes.append(size)
-                sums.append(checksum)
-                kept.append(row)
-            if numbers:
-                meta = records.encode_rows(RowsMeta(source.stream, numbers, sizes, sums))
-                total = sum(sizes)
-                files.write_all(self._handle, records.encode(records.ROWS, self.number, meta, total, self._salt))
-                whole = len(kept) == len(piece.sizes)
-                for row in [piece.data] if whole else kept:
-                    files.write_all(self._handle, row)
-                files.write_all(self._handle, records.padding(total))
-
-    def commit(self, told: dict[str, Any]) -> tuple[str, int]:
-        """Make what was written last, and return the segment's name and where the commit ends. Raises OSError."""
-        os.fsync(self._handle)  # rows first: a commit must not reach the disk before them
-        meta = json.dumps(told, allow_nan=False, separators=(",", ":")).encode()
-        files.write_all(self._handle, records.encode(records.COMMIT, self.number, meta, 0, self._salt))
-        os.fsync(self._handle)
-        self.whole = True
-        end = os.lseek(self._handle, 0, os.SEEK_CUR)
-        try:
-            if self._new is not None:
-                self._new.replace(self.path)
-                files.sync_folder(self.folder)
-        except OSError:
-            self.whole = False
-            raise
-        self.close()
-        return self.path.name, end
-
-    def undo(self) -> None:
-        """Leave the files as they were, as far as that can be done; where the commit is whole, it is what they hold."""
-        if self._handle < 0:
-            return
-        if self.whole:
-            with contextlib.suppress(OSError):
-                if self._new is not None and self._new.exists():
-                    self._new.replace(self.path)
-                    files.sync_folder(self.folder)
-        elif self._new is not None:
-            files.discard([self._new, self.path])
-        else:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._handle, self._start)
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        handle, self._handle = self._handle, -1
-        if handle >= 0:
-            os.close(handle)
 
 
 def last_segment(folder: Path) -> Path | None:

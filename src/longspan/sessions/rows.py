@@ -9,6 +9,7 @@ This module knows nothing of files; torch is imported where a tensor is touched.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ if TYPE_CHECKING:  # torch takes a second to import, and listing sessions needs 
     from torch import Tensor
 
 PIECE = 8 * 2**20
-"""Bytes that are compared, written and read together, or one row where that is more."""
+"""Bytes that are compared and written together, or one row where that is more."""
+READ = 2**20
+"""Bytes that are read together: what a core's own cache holds until they are checked and copied."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,59 +146,64 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Target:
-    """Memory for a stored tensor, rows first, and how it becomes the tensor again."""
+class Layout:
+    """How the rows of a stored tensor become the tensor again."""
 
     numbers: list[int]
     sizes: list[int]
-    flat: Tensor
-    """uint8, all rows one after the other."""
-    _dtype: Any
-    _shape: tuple[int, ...]
-    _axis: int | None
+    """Bytes of each row."""
+    dtype: Any
+    shape: tuple[int, ...]
+    """Of the tensor."""
+    axis: int | None
+    """Of the rows; None: the tensor is one row."""
 
     @classmethod
-    def of(cls, about: dict[str, Any]) -> Target:
-        """Set memory aside for what a commit tells (ValueError, KeyError, TypeError: it tells of no tensor)."""
+    def of(cls, about: dict[str, Any]) -> Layout:
+        """Return what a commit tells (ValueError, KeyError, TypeError: it tells of no tensor)."""
         import torch
 
         dtype = getattr(torch, str(about["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"unknown type {about['dtype']}: update torch")
         shape, axis, step = tuple(int(n) for n in about["shape"]), about["axis"], int(about["step"])
-        numbers = numbers_of(about["rows"])
-        item = torch.empty((), dtype=dtype).element_size()
-        total = item
-        for n in shape:
-            total *= n
+        numbers, total = numbers_of(about["rows"]), math.prod(shape) * dtype.itemsize
         if axis is None:
             sizes = [total]
         else:
             length = shape[axis]
             each = total // max(1, length)
             sizes = [min(step, length - at) * each for at in range(0, length, step)]
-            shape = (length, *shape[:axis], *shape[axis + 1 :])
         if len(sizes) != len(numbers):
             raise ValueError("rows")
-        with torch.inference_mode(False):
-            return cls(numbers, sizes, _memory(total), dtype, shape, axis)
+        return cls(numbers, sizes, dtype, shape, axis)
 
-    def tensor(self) -> Tensor:
-        """Return the tensor that was saved, over the same memory."""
-        made = self.flat.view(self._dtype).view(self._shape)
-        return made if self._axis is None else made.movedim(0, self._axis)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+    def tensor(self, flat: Tensor, count: int | None = None) -> Tensor:
+        """Return the tensor, or `count` places of its axis, over the memory of its rows, uint8, one after the other."""
+        made = flat.view(self.dtype)
+        if self.axis is None:
+            return made.view(self.shape)
+        places = self.shape[self.axis] if count is None else count
+        return made.view(places, *self.shape[: self.axis], *self.shape[self.axis + 1 :]).movedim(0, self.axis)
 
 
-def _memory(count: int) -> Tensor:
+def memory(count: int) -> Tensor:
     """Return so many bytes of new memory, in large pages where the system has them: small ones take time to make."""
     import torch
 
     if count < PIECE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            return torch.empty(count, dtype=torch.uint8)
     made = mmap.mmap(-1, count)
     with contextlib.suppress(OSError):
         made.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(made, dtype=torch.uint8)
+    with torch.inference_mode(False):
+        return torch.frombuffer(made, dtype=torch.uint8)
 
 
 def memory_of(flat: Tensor) -> memoryview:

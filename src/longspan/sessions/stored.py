@@ -1,4 +1,4 @@
-"""What is read from a journal: tensors when they are asked for, texts, hash chains; and rows copied into another.
+"""What is read from a journal: tensors or their pages as they are asked for, texts, hash chains, rows to copy.
 
 Bytes go from the file into the memory that the tensor keeps, are checked there row by row, and the system is told
 ahead what will be read. It knows nothing of names or locks.
@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from longspan.errors import SessionError
 from longspan.sessions import prefixes
-from longspan.sessions.journal import DamageError, Journal, Place
+from longspan.sessions.journal import DamageError, Journal
 from longspan.sessions.manifest import Manifest
-from longspan.sessions.rows import PIECE, Piece, Target, memory_of, text_of
+from longspan.sessions.records import numbers_of
+from longspan.sessions.rows import PIECE, READ, Layout, Piece, memory, memory_of, text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from longspan.sessions.places import Places
 
 _READERS = 2
 """Threads that read one tensor's rows."""
@@ -48,54 +52,95 @@ class StoredTensors(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self._about)
 
+    def rows(self, name: str) -> StoredRows | None:
+        """Return a tensor of pages that are read one by one; None: it is stored otherwise."""
+        about = self._about[name]
+        if about["axis"] != 1 or about["step"] != 1:
+            return None
+        try:
+            return StoredRows(self._journal, ("tensor", self._group, name), about, self._fail)
+        except DamageError as error:
+            raise self._fail(error) from error
+
     def will_read(self, names: Sequence[str]) -> None:
         """Have the system bring up what these tensors lie in, in the background."""
         for name in names:
             places = self._journal.places(("tensor", self._group, name))
-            for run in runs(list(places.values())):
-                self._journal.ahead(run[0], sum(place.size for place in run))
+            for run in places.runs(PIECE):
+                self._journal.ahead(places.part(run))
+
+
+class StoredRows:
+    """A tensor `[heads, pages, ...]` of which pages are read, and checked, as they are asked for (`kv.coming.Rows`)."""
+
+    here = False
+    """It is in a file."""
+
+    def __init__(self, journal: Journal, stream: tuple[str, ...], about: dict[str, Any], fail: Any) -> None:
+        """Take where it lies (DamageError: a page is not there), and what turns damage into an error for people."""
+        self._journal, self._fail = journal, fail
+        self._layout = _layout(journal, stream, about)
+        self._places = located(journal, stream, self._layout.numbers, self._layout.sizes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self._layout.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of its numbers."""
+        return self._layout.dtype
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return the pages at the places `first .. last - 1`, `[heads, n, ...]` (SessionCorruptError, SessionError)."""
+        import torch
+
+        places = self._places.part(slice(first, last))
+        with torch.inference_mode(False):
+            flat = torch.empty(places.nbytes, dtype=torch.uint8)
+        try:
+            _read(self._journal, places, memory_of(flat))
+        except DamageError as error:
+            raise self._fail(error) from error
+        except OSError as error:
+            path = self._journal.last.path
+            raise SessionError(f"{path} can't be read ({error.strerror or error}): look after the disk") from error
+        return self._layout.tensor(flat, last - first)
 
 
 def read_tensor(journal: Journal, stream: tuple[str, ...], about: dict[str, Any]) -> Tensor:
     """Return a tensor (DamageError, OSError)."""
+    layout = _layout(journal, stream, about)
+    flat = memory(layout.nbytes)
+    if flat.numel():
+        _read(journal, located(journal, stream, layout.numbers, layout.sizes), memory_of(flat))
+    return layout.tensor(flat)
+
+
+def _layout(journal: Journal, stream: tuple[str, ...], about: dict[str, Any]) -> Layout:
     try:
-        target = Target.of(about)
+        return Layout.of(about)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamageError(journal.last.path, f"tells of {stream[-1]!r} what can't be read ({error})") from error
-    if target.flat.numel():
-        read_rows(journal, stream, target.numbers, target.sizes, memory_of(target.flat))
-    return target.tensor()
 
 
-def read_rows(
-    journal: Journal, stream: tuple[str, ...], numbers: Sequence[int], sizes: Sequence[int] | None, into: memoryview
-) -> None:
-    """Fill memory with rows of a stream, one after the other (DamageError, OSError).
+def _read(journal: Journal, places: Places, into: memoryview) -> None:
+    """Fill memory with rows, one after the other (DamageError, OSError)."""
+    ends = places.sizes.cumsum()
+    starts = ends - places.sizes
 
-    Args:
-        journal: where they lie.
-        stream: whose.
-        numbers: of the rows.
-        sizes: that they must have; None: any.
-        into: as many bytes as all rows.
-    """
-    places = located(journal, stream, numbers)
-    if sizes is not None and [place.size for place in places] != list(sizes):
-        raise DamageError(journal.last.path, f"holds rows of {stream[-1]!r} that do not fit together")
-    if len(into) <= PIECE:
-        done = 0
-        for run in runs(places):
-            count = sum(place.size for place in run)
-            journal.read(run, into[done : done + count])
-            done += count
+    def one(run: slice) -> None:
+        journal.read(places.part(run), into[int(starts[run.start]) : int(ends[run.stop - 1])])
+
+    runs = list(places.runs(READ))
+    if len(runs) == 1 or len(into) <= READ:
+        for run in runs:
+            one(run)
         return
     # Two at a time: one is checked, and its memory made, while the disk gives the other.
     with ThreadPoolExecutor(_READERS) as pool:
-        done, waiting = 0, []
-        for run in runs(places):
-            count = sum(place.size for place in run)
-            waiting.append(pool.submit(journal.read, run, into[done : done + count]))
-            done += count
+        waiting = [pool.submit(one, run) for run in runs]
         try:
             for each in waiting:
                 each.result()
@@ -108,8 +153,8 @@ def read_rows(
 def read_bytes(journal: Journal, stream: tuple[str, ...], numbers: Sequence[int]) -> bytes:
     """Return rows of a stream, one after the other (DamageError, OSError)."""
     places = located(journal, stream, numbers)
-    data = bytearray(sum(place.size for place in places))
-    read_rows(journal, stream, numbers, None, memoryview(data))
+    data = bytearray(places.nbytes)
+    _read(journal, places, memoryview(data))
     return bytes(data)
 
 
@@ -123,28 +168,17 @@ def read_chain(journal: Journal, manifest: Manifest) -> list[bytes]:
     return prefixes.hashes_of(read_bytes(journal, prefixes.STREAM, prefixes.rows(manifest.prefix)))
 
 
-def located(journal: Journal, stream: tuple[str, ...], numbers: Sequence[int]) -> list[Place]:
-    """Return where rows lie (DamageError: one is not there)."""
-    places = journal.places(stream)
+def located(
+    journal: Journal, stream: tuple[str, ...], numbers: Sequence[int], sizes: Sequence[int] | None = None
+) -> Places:
+    """Return where rows lie, of these sizes where any are given (DamageError: one is not there, or of another)."""
     try:
-        return [places[number] for number in numbers]
+        places = journal.places(stream).find(numbers)
     except KeyError as error:
         raise DamageError(journal.last.path, f"lacks row {error} of {stream[-1]!r}") from error
-
-
-def runs(places: Sequence[Place]) -> Iterator[list[Place]]:
-    """Yield stretches of rows that lie one after the other in a file, of at most a piece together."""
-    run: list[Place] = []
-    count = 0
-    for place in places:
-        follows = run and run[-1].segment == place.segment and run[-1].offset + run[-1].size == place.offset
-        if run and (not follows or count + place.size > PIECE):
-            yield run
-            run, count = [], 0
-        run.append(place)
-        count += place.size
-    if run:
-        yield run
+    if sizes is not None and places.sizes.tolist() != list(sizes):
+        raise DamageError(journal.last.path, f"holds rows of {stream[-1]!r} that do not fit together")
+    return places
 
 
 class StoredSource:
@@ -158,22 +192,19 @@ class StoredSource:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return sum(place.size for place in self._places)
+        return self._places.nbytes
 
     def pieces(self) -> Iterator[Piece]:
         """Yield all rows, checked (DamageError, OSError)."""
-        first = 0
-        for run in runs(self._places):
-            data = memoryview(bytearray(sum(place.size for place in run)))
-            self._journal.read(run, data)
-            yield Piece(first, data, [place.size for place in run])
-            first += len(run)
+        for run in self._places.runs(PIECE):
+            places = self._places.part(run)
+            data = memoryview(bytearray(places.nbytes))
+            self._journal.read(places, data)
+            yield Piece(run.start, data, places.sizes.tolist())
 
 
 def sources_of(journal: Journal, manifest: Manifest, groups: Sequence[str] | None = None) -> list[StoredSource]:
     """Return everything that a commit holds, or the tensors of some groups alone (DamageError: a row is not there)."""
-    from longspan.sessions.records import numbers_of
-
     found = [
         StoredSource(journal, ("tensor", group, name), numbers_of(about["rows"]))
         for group in (manifest.tensors if groups is None else groups)

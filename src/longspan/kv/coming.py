@@ -1,0 +1,250 @@
+"""Pages of one plane that are still in a file: each comes when it is read, or before that in the background.
+
+A slot is its page's from the start, counted and in the page table; only what it holds is not there yet. Whoever reads a
+plane asks for the slots first (`Coming.need`), which costs nothing once all are there. A page is checked when it comes:
+one that is damaged raises where it is read, and never counts as there. Keys and values come apart: what only looks at
+keys reads no values.
+`Arrivals` brings the rest, in the order of the layers, once nobody has waited for a page for a moment: the first answer
+comes first. It does not know files (`Rows` reads them), nor which page of which context a slot holds.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PIECE = 2**20
+"""Bytes that are read together: what a core's own cache holds until they are checked and copied."""
+_QUIET = 0.05
+"""Seconds without anybody waiting for a page after which the others are brought."""
+_PATIENCE = 2.0
+"""Seconds after which they are brought all the same."""
+_AWAY, _COMING, _HERE = 0, 1, 2
+
+
+class Rows(Protocol):
+    """A tensor `[heads, pages, ...]` in a file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the tensor."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+        ...
+
+    @property
+    def here(self) -> bool:
+        """Whether it is in memory already."""
+        ...
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return the pages `first .. last - 1`, `[heads, n, ...]`, in host memory, checked (SessionError)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Here:
+    """Rows of a tensor in memory."""
+
+    tensor: Tensor
+    here: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """See `Rows`."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Rows`."""
+        return self.tensor.dtype
+
+    def read(self, first: int, last: int) -> Tensor:
+        """See `Rows`."""
+        return self.tensor[:, first:last]
+
+
+def rows_in(tensors: Mapping[str, Tensor], name: str) -> Rows:
+    """Return a tensor of pages, which stays in its file where `tensors` is read from one (KeyError: it has none)."""
+    find: Callable[[str], Rows | None] | None = getattr(tensors, "rows", None)
+    found = None if find is None else find(name)
+    return Here(tensors[name]) if found is None else found
+
+
+class Taking(Protocol):
+    """The plane that pages come to."""
+
+    moving: threading.Lock
+    """Held while its memory moves, and while a page is written there from elsewhere."""
+    tensors: dict[str, Tensor]
+
+
+class Coming:
+    """What of one plane's slots is not there yet."""
+
+    def __init__(self, plane: Taking, rows: Mapping[str, Rows], slots: Sequence[int], count: int) -> None:
+        """Begin with nothing there.
+
+        Args:
+            plane: that the pages come to.
+            rows: by the name of the plane's tensor; a part (`k` or `v`) is a tensor and its scales.
+            slots: of each page in them.
+            count: slots that the plane has.
+        """
+        self._plane, self._rows = weakref.ref(plane), dict(rows)
+        self._page = np.full(count, -1, np.int64)
+        self._page[slots] = np.arange(len(slots))
+        self._slots = np.array(slots, np.int64)
+        self._parts = {part: [name for name in rows if name.startswith(part)] for part in ("k", "v")}
+        self._state: dict[str, NDArray[np.int8]] = {}
+        self._left: dict[str, int] = {}
+        for part in self._parts:
+            self._state[part] = np.full(count, _HERE, np.int8)
+            self._state[part][slots] = _AWAY
+            self._left[part] = len(slots)
+        nbytes = sum(math.prod(each.shape) * each.dtype.itemsize for each in rows.values())
+        self._together = max(1, PIECE * 2 * len(slots) // max(1, nbytes))
+        self._lock = threading.Condition()
+        self.waited = 0.0
+        """When somebody last waited for a page (`time.monotonic`)."""
+        self.wanted: set[str] = set()
+        """Parts of which all will be read soon."""
+
+    def left(self, part: str | None = None) -> int:
+        """Return how many pages are not there yet, of `k`, of `v`, or of both together."""
+        return sum(self._left.values()) if part is None else self._left[part]
+
+    def need(self, slots: Iterable[int] | slice | Tensor | None, part: str) -> None:
+        """Return once what slots hold of `k` or `v` is there; None: all of them.
+
+        Raises as `Rows.read`: of what could not be read nothing counts as there.
+        """
+        if not self._left[part]:
+            return
+        asked = self._asked(slots)
+        while self._bring(asked, part, wait=True):
+            pass
+
+    def some(self, part: str) -> bool:
+        """Bring one piece of what is away; returns whether there was any (raises as `need`)."""
+        return bool(self._left[part]) and self._bring(self._slots, part, wait=False)
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """Leave slots alone that hold other pages from now on, or none."""
+        gone = np.array([slot for slot in slots if slot < len(self._page)], np.int64)
+        with self._lock:
+            for part, state in self._state.items():
+                self._left[part] -= int((state[gone] != _HERE).sum())
+                state[gone] = _HERE
+            self._lock.notify_all()
+
+    def _asked(self, slots: Iterable[int] | slice | Tensor | None) -> NDArray[np.int64]:
+        if slots is None:
+            return self._slots
+        if isinstance(slots, slice):
+            return np.arange(slots.start, min(slots.stop, len(self._page)))
+        found = np.unique(slots.cpu().numpy() if isinstance(slots, Tensor) else np.array(list(slots), np.int64))
+        return found[found < len(self._page)]
+
+    def _bring(self, asked: NDArray[np.int64], part: str, wait: bool) -> bool:
+        """Bring some pages that lie one after the other; returns whether more of those asked for may be away."""
+        with self._lock:
+            state = self._state[part]
+            away = asked[state[asked] == _AWAY]
+            if not len(away):
+                if not wait or not (state[asked] == _COMING).any():
+                    return False
+                self._lock.wait()  # another thread brings them, or fails: then it is tried here
+                return True
+            if wait:
+                self.waited = time.monotonic()
+            pages = self._page[away]
+            breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(away) != 1))
+            run = away[: min(self._together, int(breaks[0]) + 1 if len(breaks) else len(away))]
+            state[run] = _COMING
+        came = np.empty(0, np.int64)
+        try:
+            came = self._copy(run, part)
+        finally:
+            with self._lock:
+                state[run[state[run] == _COMING]] = _AWAY
+                state[came] = _HERE
+                self._left[part] -= len(came)
+                if wait:
+                    self.waited = time.monotonic()
+                self._lock.notify_all()
+        return True
+
+    def _copy(self, run: NDArray[np.int64], part: str) -> NDArray[np.int64]:
+        """Write pages to their slots, and return those that were still wanted."""
+        first = int(self._page[run[0]])
+        found = {name: self._rows[name].read(first, first + len(run)) for name in self._parts[part]}
+        plane = self._plane()
+        if plane is None:
+            return run
+        with plane.moving, self._lock:
+            held = self._state[part][run] == _COMING  # else given back meanwhile, and perhaps another page's by now
+            start = int(run[0])
+            for name, pages in found.items():
+                target = plane.tensors[name]
+                if held.all():
+                    target[:, start : start + len(run)] = pages.to(target)
+                else:
+                    target[:, torch.from_numpy(run[held])] = pages[:, torch.from_numpy(held)].to(target)
+        came: NDArray[np.int64] = run[held]
+        return came
+
+
+class Arrivals:
+    """One thread that brings the pages of a context's layers, behind whoever waits for some."""
+
+    def __init__(self, coming: Sequence[Coming]) -> None:
+        """Take what is away, in the order in which it will be read; the thread ends when all is there, or fails."""
+        self._coming = [weakref.ref(each) for each in coming]
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="longspan-restore", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while (away := self._away()) is not None:
+                # Only what somebody is sure to read next does not wait for its turn.
+                mine = next((each for each in away if each[0].wanted & {each[1]}), None)
+                if mine is None and self._quiet([coming for coming, _ in away]):
+                    mine = away[0]
+                done = mine is not None and mine[0].some(mine[1])
+                del away, mine  # nobody's pages are kept for the sake of bringing them
+                if not done:
+                    time.sleep(_QUIET / 10)
+        except Exception:  # who reads the page meets the fault itself
+            return
+
+    def _away(self) -> list[tuple[Coming, str]] | None:
+        """Return which parts of which planes are not there, in order; None: all are, or nobody wants them any more."""
+        alive = [coming for each in self._coming if (coming := each()) is not None]
+        return [(coming, part) for coming in alive for part in ("k", "v") if coming.left(part)] or None
+
+    def _quiet(self, coming: Sequence[Coming]) -> bool:
+        now = time.monotonic()
+        waited = max(each.waited for each in coming)
+        return now - waited > _QUIET or now - self._began > _PATIENCE
