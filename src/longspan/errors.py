@@ -68,5 +68,9 @@ class EndpointError(LongspanError):
     """An endpoint that can't be reached, refuses what is asked of it, or keeps failing."""
 
 
+class ParallelError(LongspanError):
+    """Ranks that can't go on together: one of them stopped, or did not answer in time."""
+
+
 class Cancelled(LongspanError):
     """The user stopped the work (Ctrl-C); what had been read so far is kept in the session."""
