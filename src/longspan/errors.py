@@ -72,5 +72,18 @@ class ParallelError(LongspanError):
     """Ranks that can't go on together: one of them stopped, or did not answer in time."""
 
 
+class BusyError(LongspanError):
+    """More requests wait than are taken on: ask again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        """Take the message, and in how many seconds there may be room."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineError(LongspanError):
+    """Something in the engine itself failed while a request was worked on; others are not concerned."""
+
+
 class Cancelled(LongspanError):
     """The user stopped the work (Ctrl-C); what had been read so far is kept in the session."""

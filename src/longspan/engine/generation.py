@@ -175,6 +175,6 @@ def decode(
 
 def _history(tokens: list[int], params: SamplingParams, like: Tensor) -> Tensor | None:
     """Return the tokens so far where a penalty needs them."""
-    if params.repetition_penalty == 1.0 or not tokens:
+    if not params.looks_back or not tokens:
         return None
     return torch.tensor(tokens, dtype=torch.int64, device=like.device)

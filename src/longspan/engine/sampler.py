@@ -1,7 +1,7 @@
 """Logits in, the next token out: greedy, or drawn with temperature, top-k, min-p and top-p.
 
-The order is fixed: repetition penalty, temperature, top-k, min-p, top-p; each works on what the one before
-left. It knows one answer at a time and nothing of text: `max_tokens` and `stop` travel in `SamplingParams`
+The order is fixed: bias, penalties, what is allowed, temperature, top-k, min-p, top-p; each works on what the one
+before left. It knows one answer at a time and nothing of text: `max_tokens` and `stop` travel in `SamplingParams`
 for the decode loop to honour. The same seed gives the same tokens on one device and version of torch, not
 across them.
 """
@@ -9,6 +9,7 @@ across them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,9 @@ class SamplingParams:
         repetition_penalty: above 0, up to 100; 1 is off. Logits of tokens that came before are divided by it
             where positive and multiplied where negative, each once (Keskar et al. 2019, arXiv 1909.05858; the
             formula there divides always, which would favour a repeated token of negative logit).
+        presence_penalty: -100 to 100; subtracted once from the logit of each token of the answer so far.
+        frequency_penalty: -100 to 100; subtracted from it as often as it came (both as OpenAI's API has them).
+        logit_bias: pairs of token id and what is added to its logit, or a mapping; at most 100 either way.
         seed: 0 to 2^63 - 1; None draws one from the operating system.
         stop: strings that end the answer; a string alone or a list becomes a tuple.
 
@@ -50,6 +54,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value; make floats of whole numbers and a tuple of the stops."""
@@ -61,7 +68,15 @@ class SamplingParams:
         self._number("min_p", 0.0, 1.0, "a number from 0 (off) to 1")
         self._number("top_p", 0.0, 1.0, "a number above 0, up to 1 (off)", above=True)
         self._number("repetition_penalty", 0.0, 100.0, "a number above 0, up to 100 (1 is off)", above=True)
+        self._number("presence_penalty", -100.0, 100.0, "a number from -100 to 100 (0 is off)")
+        self._number("frequency_penalty", -100.0, 100.0, "a number from -100 to 100 (0 is off)")
         object.__setattr__(self, "stop", normalise_stops(self.stop))
+        object.__setattr__(self, "logit_bias", _normalise_bias(self.logit_bias))
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what was said before changes what is likely."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def _whole(self, name: str, low: int, high: float, allowed: str) -> None:
         value: object = getattr(self, name)
@@ -78,13 +93,29 @@ class SamplingParams:
         object.__setattr__(self, name, float(value))
 
 
-def distribution(logits: Tensor, params: SamplingParams, history: Tensor | None = None) -> Tensor:
+def _normalise_bias(bias: object) -> tuple[tuple[int, float], ...]:
+    """Return a bias as pairs in the order of tokens (UsageError: it is none)."""
+    pairs = bias.items() if isinstance(bias, Mapping) else bias
+    try:
+        found = {int(token): float(value) for token, value in pairs}  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise UsageError(f"logit_bias is {bias!r}: give a number for each token id") from None
+    for token, value in found.items():
+        if token < 0 or not -100.0 <= value <= 100.0:
+            raise UsageError(f"logit_bias adds {value} to token {token}: token ids are from 0, numbers -100 to 100")
+    return tuple(sorted(found.items()))
+
+
+def distribution(
+    logits: Tensor, params: SamplingParams, history: Tensor | None = None, allowed: Tensor | None = None
+) -> Tensor:
     """Return the probabilities that `Sampler` draws from.
 
     Args:
         logits: `[V]`, any float type, read in float32; -inf is a token that can't be drawn.
         params: temperature 0 gives all the mass to the largest logit.
-        history: `[N]` token ids in 0..V-1 that came before, for the repetition penalty; ids may repeat.
+        history: `[N]` token ids in 0..V-1 of the answer so far, for the penalties; ids may repeat.
+        allowed: which tokens can be drawn at all, bool `[V]` or a bitmask int32 (`unpacked`); None: all.
 
     Returns:
         `[V]` float32 on the device of the logits, sum 1. Of equally likely tokens at the edge of top-k or
@@ -94,7 +125,7 @@ def distribution(logits: Tensor, params: SamplingParams, history: Tensor | None 
         UsageError: logits that aren't one row.
         ModelError: logits with NaN or +inf, or nothing but -inf.
     """
-    scores = _scores(logits, params, history)
+    scores = _scores(logits, params, history, allowed)
     if params.temperature == 0.0:
         return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
     # The largest is subtracted first, so that a small temperature can't overflow; the weights are probabilities
@@ -128,15 +159,15 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
-    def __call__(self, logits: Tensor, history: Tensor | None = None) -> int:
+    def __call__(self, logits: Tensor, history: Tensor | None = None, allowed: Tensor | None = None) -> int:
         """Return the next token's id; arguments and errors are those of `distribution`.
 
         Temperature 0 takes the largest logit, the lowest id among equals, and draws no random number.
         """
         logits = logits.to(self.device)
         if self.params.temperature == 0.0:
-            return int(_scores(logits, self.params, history).argmax())
-        probabilities = distribution(logits, self.params, history)
+            return int(_scores(logits, self.params, history, allowed).argmax())
+        probabilities = distribution(logits, self.params, history, allowed)
         # The inverse of the cumulative distribution at one random number: some ten times cheaper for 150K tokens
         # than torch.multinomial, which draws one a token. In float64 (which MPS lacks), or the tokens below 6e-8
         # would be lost to rounding: together they can hold a percent.
@@ -147,8 +178,8 @@ class Sampler:
         return int(torch.searchsorted(reached, (1 - drawn) * reached[-1]))
 
 
-def _scores(logits: Tensor, params: SamplingParams, history: Tensor | None) -> Tensor:
-    """Return checked float32 logits `[V]` after the repetition penalty; the largest is finite."""
+def _scores(logits: Tensor, params: SamplingParams, history: Tensor | None, allowed: Tensor | None = None) -> Tensor:
+    """Return checked float32 logits `[V]` after bias, penalties and mask; the largest is finite."""
     if logits.dim() != 1 or logits.numel() == 0:
         raise UsageError(f"logits have the shape {list(logits.shape)}: one row [V] is needed")
     scores = logits.detach().float()
@@ -163,10 +194,45 @@ def _scores(logits: Tensor, params: SamplingParams, history: Tensor | None) -> T
         )
     if largest == -math.inf:
         raise ModelError("all of the model's logits are -inf, most likely a mask that allows no token: loosen it")
-    if params.repetition_penalty == 1.0 or history is None:
+    if params.logit_bias:
+        scores = _biased(scores, params.logit_bias)
+    if params.looks_back and history is not None:
+        ids = history.to(scores.device, torch.long)
+        assert bool(((ids >= 0) & (ids < len(scores))).all()), "history holds ids outside the logits"
+        scores = _penalised(scores, params, ids)
+    if allowed is not None:
+        scores = scores.masked_fill(~unpacked(allowed.to(scores.device), len(scores)), -math.inf)
+        if not bool((scores > -math.inf).any()):
+            raise ModelError("the constraint allows no token that the model could say: loosen it")
+    return scores
+
+
+def unpacked(allowed: Tensor, size: int) -> Tensor:
+    """Return which of `size` tokens are allowed, bool `[size]`, from that or from a bitmask int32 `[ceil(size / 32)]`.
+
+    A mask of a larger vocabulary is cut, and tokens that a smaller one does not know are not allowed.
+    """
+    if allowed.dtype != torch.bool:
+        bits = torch.arange(32, dtype=torch.int32, device=allowed.device)
+        allowed = ((allowed.view(-1, 1) >> bits) & 1).bool()
+    flat = allowed.reshape(-1)[:size]
+    return torch.nn.functional.pad(flat, (0, size - len(flat)))
+
+
+def _biased(scores: Tensor, bias: tuple[tuple[int, float], ...]) -> Tensor:
+    ids = torch.tensor([token for token, _ in bias], device=scores.device)
+    if int(ids.max()) >= len(scores):
+        raise UsageError(f"logit_bias names token {int(ids.max())}: the model has {len(scores)}")
+    return scores.index_add(0, ids, torch.tensor([value for _, value in bias], device=scores.device))
+
+
+def _penalised(scores: Tensor, params: SamplingParams, ids: Tensor) -> Tensor:
+    """Return scores less likely for what was said, each token as often as `ids` names it."""
+    if params.presence_penalty or params.frequency_penalty:
+        counts = torch.bincount(ids, minlength=len(scores)).to(scores.dtype)
+        scores = scores - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
+    if params.repetition_penalty == 1.0:
         return scores
-    ids = history.to(scores.device, torch.long)
-    assert bool(((ids >= 0) & (ids < len(scores))).all()), "history holds ids outside the logits"
     seen = scores[ids]
     changed = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
     limits = torch.finfo(torch.float32)
