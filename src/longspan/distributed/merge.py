@@ -1,50 +1,7 @@
-"""Partial outputs and their log-sum-exps, merged in float32.
-
-With `o_a, l_a` and `o_b, l_b` over keys that share none: `l = log(exp(l_a) + exp(l_b))` and
-`o = exp(l_a - l) o_a + exp(l_b - l) o_b` (FlashAttention, arXiv 2205.14135, section 3.1), written so that no
-exponential overflows and a part without keys (log-sum-exp -inf) weighs nothing, whatever its output holds.
-
-A part may come in a half type; what is summed up is float32 (float64 where the queries are). Two parts merge to the
-same bits in either order, so that ranks which merge the same parts hold the same result. It knows no process groups.
-"""
+"""Partial outputs and their log-sum-exps, merged in float32: what `kernels/lse_merge` says, by the name it has here."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from longspan.kernels.lse_merge import merge_into, merged
 
-
-def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two parts.
-
-    Args:
-        out: `[..., Dv]`, any float type.
-        lse: `[...]`, natural logarithm, float32 or float64; -inf: no keys.
-        other: as `out`.
-        other_lse: as `lse`.
-
-    Returns:
-        `(out, lse)` in the type of `lse`.
-    """
-    new = torch.logaddexp(lse, other_lse)
-    return _weighed(out, lse, new) + _weighed(other, other_lse, new), new
-
-
-def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge a part into what has been summed up, in place.
-
-    Args:
-        out: `[..., Dv]`, float32 or float64; may be a view.
-        lse: `[...]` of the same type; may be a view.
-        part: `[..., Dv]`, any float type.
-        part_lse: `[...]`.
-    """
-    new_out, new_lse = merged(out, lse, part, part_lse.to(lse.dtype))
-    out.copy_(new_out)
-    lse.copy_(new_lse)
-
-
-def _weighed(out: Tensor, lse: Tensor, new: Tensor) -> Tensor:
-    # Where no part has a key, -inf - -inf would be NaN.
-    weight = torch.exp(lse - new.masked_fill(new == float("-inf"), 0.0)).unsqueeze(-1)
-    return torch.where(weight == 0, 0.0, weight * out.to(weight.dtype))
+__all__ = ["merge_into", "merged"]

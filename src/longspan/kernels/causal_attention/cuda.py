@@ -11,6 +11,7 @@ from torch import Tensor
 
 _CUDNN = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", None)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -31,17 +32,17 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """Attend with q, k and v of one half type; arguments and results as in `reference.causal_attention`."""
     first = k.shape[2] - q.shape[2]
-    near, near_lse = _part(q, k[:, :, first:], v[:, :, first:], scale, causal=True)
+    near, near_lse = part(q, k[:, :, first:], v[:, :, first:], scale, causal=True)
     if not first:
         return near
-    far, far_lse = _part(q, k[:, :, :first], v[:, :, :first], scale, causal=False)
+    far, far_lse = part(q, k[:, :, :first], v[:, :, :first], scale, causal=False)
     # In float32: a chunk's first queries have few keys of their own, whose values are large.
     share = torch.sigmoid(near_lse - far_lse).unsqueeze(-1)
     return torch.lerp(far.float(), near.float(), share).to(q.dtype)
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp `[B, Hq, T]` of attention to these keys."""
+def part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp `[B, Hq, T]` of attention to these keys, N being T where it is causal."""
     if _CUDNN is not None and torch.cuda.get_device_capability(q.device)[0] >= 9:
         out, lse, *_ = _CUDNN(q, k, v, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=causal, scale=scale)
         return out, lse.view(q.shape[:3])
@@ -54,3 +55,22 @@ def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tup
     grouped = q.reshape(q.shape[0], k.shape[1], group * q.shape[2], q.shape[3])
     out, lse = _FLASH(grouped, k, v, 0.0, False, scale=scale)[:2]
     return out.view(q.shape), lse.view(q.shape[:3])
+
+
+def part_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the share of these keys in the gradients of q, k and v, by FlashAttention's kernel.
+
+    `out` and `lse` are over all keys, of which these are a part; what is returned has the shapes and types of q, k, v.
+    """
+    assert _FLASH_BACKWARD is not None, "serves() was not asked"
+    batch, kv_heads, keys, dim = k.shape
+    group = q.shape[1] // kv_heads
+    # The kernel's own handling of groups has changed between releases of PyTorch: keys of this part are spread out.
+    wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
+    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout's random numbers
+    dq, dk, dv = _FLASH_BACKWARD(
+        grad, q, wide_k, wide_v, out, lse, None, None, q.shape[2], keys, 0.0, causal, unused, unused[0], scale=scale
+    )
+    return dq, *(x.view(batch, kv_heads, group, keys, dim).sum(2) for x in (dk, dv))
