@@ -9,6 +9,7 @@
 | `LONGSPAN_THREADS` | CPU threads for torch: one fewer where other work keeps a core busy | torch's own choice |
 | `GOMP_SPINCOUNT` | how long an idle thread of torch's OpenMP spins before it sleeps; set unless you set it | `10000` |
 | `LONGSPAN_API_KEY` | key of an endpoint that an eval asks; another variable with `--api-key-env` | unset |
+| `WORLD_SIZE`, `RANK`, `LOCAL_RANK` | how many processes share a context, which of them this is, and which of its host: torchrun sets them | `1`, `0`, `0` |
 | `LONGSPAN_DEBUG` | `1`: the command line shows a traceback where it would say `internal error` | unset |
 """
 
@@ -74,6 +75,21 @@ def api_key(variable: str | None = None) -> str:
     return found
 
 
+def ranks() -> int:
+    """Return how many processes torchrun started that share their contexts; 1 without it."""
+    return _whole("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return which of them this is: rank 0 reads input and answers."""
+    return _whole("RANK", 0)
+
+
+def local_rank() -> int:
+    """Return which of its host's processes this is."""
+    return _whole("LOCAL_RANK", 0)
+
+
 def share_cores() -> None:
     """Let torch's idle threads give their core back soon. To be called before torch is first imported.
 
@@ -92,3 +108,8 @@ def _folder(own: str | None, xdg: str, kind: str) -> Path:
     import platformdirs
 
     return Path(getattr(platformdirs, f"user_{kind}_dir")("longspan", appauthor=False))
+
+
+def _whole(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default

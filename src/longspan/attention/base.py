@@ -11,7 +11,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from longspan.errors import UsageError
 from longspan.kernels.held import Held
 from longspan.kernels.superlinear.search import Turn
 from longspan.kv.base import PAGE, LayerKV
+
+if TYPE_CHECKING:
+    from longspan.attention.sharded import Parts
+    from longspan.distributed.group import Group
+    from longspan.distributed.shards import ShardRows
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class Mechanism(ABC):
     """Whether documents are read by it; False: its paper chooses in decode only, and prefill is another mechanism's."""
     prefill_only: ClassVar[bool] = False
     """Whether it makes prefill cheaper and decodes as dense does; its blocks of queries must not be split."""
+    sharded: ClassVar[bool] = False
+    """Whether `attend_shard` serves, so that keys and values may lie on several ranks."""
+    shard_unit: ClassVar[int] = PAGE
+    """Tokens that must lie on one rank together."""
     block: ClassVar[int] = PAGE
     """Tokens that it chooses together (for `prefill_only`: that a chunk must be a multiple of)."""
     tile: ClassVar[int] = 256
@@ -176,6 +185,15 @@ class Mechanism(ABC):
     @abstractmethod
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """Attend from the positions `first .. first + T - 1`, T at most a tile; returns `[B, Hq, T, Dv]`."""
+
+    def attend_shard(
+        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
+    ) -> Parts:
+        """Attend to one rank's rows from the positions `first .. first + T - 1`, T at most a tile.
+
+        Every rank calls it with the same queries; outputs are merged over ranks afterwards (`sharded.attend`).
+        """
+        raise NotImplementedError(f"{self.name} does not attend over several ranks")
 
     @abstractmethod
     def cost(self, n: int, shape: Shape) -> Cost:

@@ -15,6 +15,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from longspan.attention.base import Cost, Hints, Mechanism, Shape
+from longspan.attention.sharded import Parts, attend_newest
+from longspan.distributed.group import Group
+from longspan.distributed.shards import ShardRows
 from longspan.kernels import causal_attention as causal
 from longspan.kernels import dense_decode
 from longspan.kernels.held import Held
@@ -33,6 +36,7 @@ class Dense(Mechanism):
     exact: ClassVar[bool] = True
     reads_all: ClassVar[bool] = True
     decode_order: ClassVar[str] = "n"
+    sharded: ClassVar[bool] = True
     beyond_window: ClassVar[bool] = False
 
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
@@ -55,6 +59,12 @@ class Dense(Mechanism):
         if count == 1:
             return partial_attention(q, k, v, scale=scale)[0]
         return causal.causal_attention(q, k, v, scale=scale)
+
+    def attend_shard(
+        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
+    ) -> Parts:
+        """See `Mechanism.attend_shard`."""
+        return Parts.one(*attend_newest(q, rows, first, None, scale))
 
     @property
     def steps(self) -> bool:

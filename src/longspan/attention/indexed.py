@@ -71,7 +71,7 @@ def attend_indexed(
     assert true_positions(kv, first, count) == own * count, "queries on both sides of the trained length are read apart"
     kv_heads = kv.kv_heads if index.shape[1] == 1 else index.shape[1]
     if count == 1:
-        return _attend_gathered(q, kv, first, windows, index, valid, scale, own, near, kv_heads)
+        return attend_gathered(q, kv, first, windows, index, valid, scale, own, near, kv_heads)
     reads = index.shape[-1] + (int(windows.max()) if near else 0)
     if own and first + count <= _MASKED * reads and kv.readable() is None:
         return _attend_masked(q, kv, first, _mask(first, windows, index, valid, near), scale)
@@ -81,7 +81,7 @@ def attend_indexed(
         part = slice(start, start + step)
         some = None if valid is None else valid[:, :, part]
         parts.append(
-            _attend_gathered(
+            attend_gathered(
                 q[:, :, part], kv, first + start, windows[part], index[:, :, part], some, scale, own, near, kv_heads
             )
         )
@@ -125,7 +125,7 @@ def _near(first: int, last: int, device: torch.device) -> Tensor:
         return torch.arange(first, last, device=device)
 
 
-def _attend_gathered(
+def attend_gathered(
     q: Tensor,
     kv: LayerKV,
     first: int,
@@ -137,7 +137,11 @@ def _attend_gathered(
     near: bool,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gather what each query reads; arguments as above."""
+    """Gather what each query reads, whatever else is held.
+
+    Arguments and result as for `attend_indexed`; `own`: whether keys are read at their own positions; `kv_heads`: KV
+    heads that are held.
+    """
     batch, heads, count, dim = q.shape
     chosen = index.shape[-1]
     if near:

@@ -19,7 +19,7 @@ GROUP, GPU_GROUP = 64, 512
 
 
 def attend_spans(
-    q: Tensor, kv: LayerKV, first: int, lo: Tensor, hi: Tensor, shift: Tensor, scale: float
+    q: Tensor, kv: LayerKV, first: int, lo: Tensor, hi: Tensor, shift: Tensor, scale: float, *, stop: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query head to each of its spans apart.
 
@@ -31,6 +31,7 @@ def attend_spans(
         hi: int64 `[B, Hq, T, S]`, last key of each span; a span with lo > hi is empty.
         shift: int64 `[B, Hq, T, S]`: each span is read as if it stood this many positions nearer to the query.
         scale: what scores are multiplied by.
+        stop: where the keys that spans may hold end; None: behind the last query. A rank's rows end elsewhere.
 
     Returns:
         `(out [B, Hq, T, S, Dv], lse [B, Hq, T, S])`; 0 and -inf for an empty span.
@@ -50,7 +51,8 @@ def attend_spans(
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (rows, kv.keys(0, 0), kv.values(0, 0)))
     if count > 1 and kernel.serves(rows) and not wanted:
         # Decode reads few keys: it must not bring all of them together first. Gradients: `superlinear_gradients.py`.
-        k, v = _keys(kv, 0, first + count), kv.values(0, first + count)
+        stop = first + count if stop is None else stop
+        k, v = _keys(kv, 0, stop), kv.values(0, stop)
         out, lse = kernel.span_attention(rows, k, v, lo, hi, scale=scale)
         return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
     out = q.new_zeros(*per_head, value_dim)

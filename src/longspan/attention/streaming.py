@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least
+from longspan.attention.sharded import Parts, attend_newest
+from longspan.attention.spans import attend_spans
 from longspan.attention.window import attend_far, attend_window
+from longspan.distributed.group import Group
+from longspan.distributed.shards import ShardRows
 from longspan.kernels.partial_attention import merge_partials
 from longspan.kv.base import LayerKV
 
@@ -33,6 +37,7 @@ class Streaming(Mechanism):
     source: ClassVar[str] = "arXiv 2309.17453"
     bounded_memory: ClassVar[bool] = True
     decode_order: ClassVar[str] = "1"
+    sharded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse options out of range."""
@@ -46,6 +51,23 @@ class Streaming(Mechanism):
         if far is None:
             return near[0]
         return merge_partials(torch.stack([near[0], far[0]]), torch.stack([near[1], far[1]]))[0]
+
+    def attend_shard(
+        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
+    ) -> Parts:
+        """See `Mechanism.attend_shard`; sinks are one span, as if it stood directly before the window."""
+        near = attend_newest(q, rows, first, self.window, scale)
+        count = q.shape[2]
+        if not self.sinks or first + count <= self.window:
+            return Parts.one(*near)
+        at = torch.arange(first, first + count, device=q.device).view(1, 1, -1, 1)
+        last = (at - self.window).clamp(max=self.sinks - 1).expand(*q.shape[:2], -1, -1)
+        seen_from = last + at.clamp(max=self.window - 1) + 1
+        begin, end = rows.shards.ranges(torch.zeros_like(last), last)
+        stop = rows.shards.count(min(self.sinks, first + count))
+        out, lse = attend_spans(q, rows, first, begin, end, at - seen_from, scale, stop=stop)
+        outs, lses = torch.stack([near[0], out[..., 0, :]]), torch.stack([near[1], lse[..., 0]])
+        return Parts.one(*merge_partials(outs, lses))
 
     def within(self, keys: int, n: int) -> Mechanism:
         """See `Mechanism.within`."""

@@ -37,10 +37,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longspan.attention import superlinear_gradients, superlinear_kernels
+from longspan.attention import superlinear_gradients, superlinear_kernels, superlinear_sharded
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
+from longspan.attention.sharded import Parts
 from longspan.attention.spans import attend_spans, disjoint
 from longspan.attention.window import attend_window
+from longspan.distributed.group import Group
+from longspan.distributed.shards import ShardRows
 from longspan.errors import UsageError
 from longspan.kernels import superlinear as kernels
 from longspan.kernels.held import Held
@@ -78,6 +81,7 @@ class Superlinear(Mechanism):
     about: ClassVar[str] = "a window and the spans around the best of sqrt(n) anchors"
     source: ClassVar[str] = "arXiv 2601.18401"
     decode_order: ClassVar[str] = "n^0.5"
+    sharded: ClassVar[bool] = True
     tile: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
@@ -150,7 +154,7 @@ class Superlinear(Mechanism):
             return near
         scores, lo, hi = found
         valid = lo <= hi
-        shift = self._shifts(kv, first, q.shape[2], hi)
+        shift = self.shifts(kv, first, q.shape[2], hi)
         lo = lo.clamp(min=self.sinks)  # sinks are read already
         if self.gate == "joint":
             lo, hi, shift = disjoint(lo, hi, shift)
@@ -167,6 +171,12 @@ class Superlinear(Mechanism):
         routed = (weights.unsqueeze(-1) * torch.stack(each, -2)).sum(-2)
         return torch.where(some, routed, near)
 
+    def attend_shard(
+        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
+    ) -> Parts:
+        """See `Mechanism.attend_shard`."""
+        return superlinear_sharded.attend_shard(self, q, rows, group, first, scale, hints)
+
     def _near(self, q: Tensor, kv: LayerKV, first: int, scale: float) -> tuple[Tensor, Tensor]:
         """Attend to the window and, where they are older, to the sinks."""
         near = attend_window(q, kv, first, self.whole_window, scale)
@@ -175,7 +185,7 @@ class Superlinear(Mechanism):
         if not self.sinks or first + q.shape[2] <= self.whole_window:
             return near
         lo = torch.zeros_like(hi)
-        out, lse = attend_spans(q, kv, first, lo, hi, self._shifts(kv, first, q.shape[2], hi), scale)
+        out, lse = attend_spans(q, kv, first, lo, hi, self.shifts(kv, first, q.shape[2], hi), scale)
         return merge_partials(torch.stack([near[0], out[..., 0, :]]), torch.stack([near[1], lse[..., 0]]))
 
     def search(self, q: Tensor, kv: LayerKV, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -204,26 +214,41 @@ class Superlinear(Mechanism):
         at = torch.arange(first, first + count).unsqueeze(1)
         anchors = at - steps + 1  # [T, M], newest first
         valid = (anchors >= 0).to(q.device)
-        scores = self._scores(q, kv, anchors.clamp(min=0))
-        if self.share == "group":
-            grouped = scores.unflatten(1, (kv.kv_heads, -1))
-            scores = grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1, 2)
-        scores = scores.masked_fill(~valid, float("-inf"))
+        scores = self.scores_of(q, kv, anchors.clamp(min=0)).masked_fill(~valid, float("-inf"))
         # A stable sort keeps the newer anchor first among equals.
         scores, order = torch.sort(scores, dim=-1, descending=True, stable=True)
         scores, order = scores[..., : self.spans], order[..., : self.spans]
         chosen = anchors.to(q.device).expand(batch, heads, -1, -1).gather(-1, order)
+        scores, lo, hi = self.around(scores, chosen, first)
+        return scores, lo, hi, chosen.clamp(min=0)
+
+    def around(self, scores: Tensor, chosen: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores, first and last key of the spans around anchors, each `[B, Hq, T, S]` as in `find`.
+
+        Args:
+            scores: -inf where there is no span.
+            chosen: their anchors.
+            first: position of the first query.
+        """
+        at = torch.arange(first, first + scores.shape[2]).unsqueeze(1)
         reach = (at + 1).double() ** self.span_power
-        backward = torch.ceil(self.backward * reach).long().to(q.device)
-        forward = torch.ceil(self.forward * reach).long().to(q.device)
+        backward = torch.ceil(self.backward * reach).long().to(scores.device)
+        forward = torch.ceil(self.forward * reach).long().to(scores.device)
         lo = (chosen - backward).clamp(min=0)
-        hi = torch.minimum(chosen + forward, at.to(q.device) - self.whole_window)
-        return scores, lo, torch.where(scores == float("-inf"), lo - 1, hi), chosen.clamp(min=0)
+        hi = torch.minimum(chosen + forward, at.to(scores.device) - self.whole_window)
+        return scores, lo, torch.where(scores == float("-inf"), lo - 1, hi)
+
+    def scores_of(self, q: Tensor, kv: LayerKV, anchors: Tensor) -> Tensor:
+        """Return the search scores `[B, Hq, T, M]` of anchors `[T, M]`, those of a group's heads summed if they share."""
+        scores = self._scores(q, kv, anchors)
+        if self.share == "group":
+            grouped = scores.unflatten(1, (kv.kv_heads, -1))
+            scores = grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1, 2)
+        return scores
 
     def _scores(self, q: Tensor, kv: LayerKV, anchors: Tensor) -> Tensor:
-        """Return the search scores `[B, Hq, T, M]` of anchors `[T, M]`."""
         if self.summary == "key":
-            return _dot(q, kv.gather_keys(anchors).to(q.dtype))
+            return _dot(q, kv.gather_keys(anchors))
         # Anchors of one page must score exactly alike for ties to be ties, so each page is scored once.
         pages, which = torch.unique(anchors // PAGE, return_inverse=True)
         bounds = (kv.summary(what) for what in ("lowest", "highest"))
@@ -233,7 +258,7 @@ class Superlinear(Mechanism):
         scores = grouped.clamp(min=0) @ highest.mT + grouped.clamp(max=0) @ lowest.mT
         return scores.view(batch, heads, count, -1).gather(-1, which.to(q.device).expand(batch, heads, -1, -1))
 
-    def _shifts(self, kv: LayerKV, first: int, count: int, hi: Tensor) -> Tensor:
+    def shifts(self, kv: LayerKV, first: int, count: int, hi: Tensor) -> Tensor:
         """Return by how many positions each span `[B, Hq, T, S]` is brought nearer to its query."""
         rotary = kv.rotary
         if rotary is None or rotary.trained_length is None or first + count <= rotary.trained_length:
@@ -283,7 +308,11 @@ class Superlinear(Mechanism):
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:
-    """Return `q . k` for q `[B, Hq, T, D]` and k `[B, Hkv, T, M, D]` as `[B, Hq, T, M]`."""
+    """Return `q . k` for q `[B, Hq, T, D]` and k `[B, Hkv, T, M, D]` as `[B, Hq, T, M]` in q's type.
+
+    Summed in float64: in float32 equal keys would score differently by where they stand in a product, and ties would
+    not be ties (a text that repeats itself has many).
+    """
     batch, heads, count, dim = q.shape
-    grouped = q.view(batch, k.shape[1], heads // k.shape[1], count, dim)
-    return torch.einsum("bhgtd,bhtmd->bhgtm", grouped, k).reshape(batch, heads, count, -1)
+    grouped = q.double().view(batch, k.shape[1], heads // k.shape[1], count, dim)
+    return torch.einsum("bhgtd,bhtmd->bhgtm", grouped, k.double()).reshape(batch, heads, count, -1).to(q.dtype)

@@ -30,12 +30,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longspan.attention import tree_sharded
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
 from longspan.attention.choosing import WHO, tokens_of_blocks
 from longspan.attention.dense import Dense
 from longspan.attention.indexed import attend_indexed, true_positions
+from longspan.attention.sharded import Parts
 from longspan.attention.tree_descent import FANOUT, Descent, Plan, descend, nodes_touched
 from longspan.attention.window import attend_window
+from longspan.distributed.group import Group
+from longspan.distributed.shards import ShardRows
 from longspan.errors import UsageError
 from longspan.kernels.partial_attention import merge_partials
 from longspan.kv.base import PAGE, LayerKV, MassMeter
@@ -69,6 +73,8 @@ class Tree(Mechanism):
     decode_order: ClassVar[str] = "log n"
     prefills: ClassVar[bool] = False
     adapts: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
+    shard_unit: ClassVar[int] = tree_sharded.UNIT
     tile: ClassVar[int] = 16
     gpu_tile: ClassVar[int] = 128
 
@@ -94,7 +100,7 @@ class Tree(Mechanism):
         if int(old[-1]) == 0:
             return attend_window(q, kv, first, windows, scale)[0]
         placed = kv.queries_from(q, first) if true else kv.queries_at(q, windows)
-        found = descend(placed, kv, old, self._plan(kv, true > 0, scale, hints))
+        found = descend(placed, kv, old, self.plan(kv, true > 0, scale, hints))
         pages = found.pages
         if found.valid is not None:
             # What is not valid must still be held: the first page of the query's own window always is.
@@ -108,6 +114,12 @@ class Tree(Mechanism):
             kv.mass.step(int(old))
             measure(kv.mass, q, kv, first, windows, found, lse, scale)
         return out
+
+    def attend_shard(
+        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
+    ) -> Parts:
+        """See `Mechanism.attend_shard`."""
+        return tree_sharded.attend_shard(self, q, rows, group, first, scale, hints)
 
     def window_starts(self, first: int, count: int) -> Tensor:
         """Return the first key of the window of each of `count` queries, int64 `[count]`: the start of a page."""
@@ -164,7 +176,8 @@ class Tree(Mechanism):
         """Nodes opened a level; pages that the model chose may lie under as many nodes as there are pages."""
         return max(self.beam, self.leaves) if self.who == "model" else self.beam
 
-    def _plan(self, kv: LayerKV, own: bool, scale: float, hints: Hints) -> Plan:
+    def plan(self, kv: LayerKV, own: bool, scale: float, hints: Hints) -> Plan:
+        """Return how to descend; `own`: whether keys are read at their own positions."""
         return Plan(
             beam=self._opens,
             leaves=self.leaves,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,7 +87,19 @@ class Descent:
         return (weights @ values).transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
 
 
-def descend(q: Tensor, kv: LayerKV, old: Tensor, plan: Plan) -> Descent:
+class Split(Protocol):
+    """Nodes whose summaries lie on several ranks."""
+
+    def place(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Return where the summaries of nodes of a level lie in `LayerKV.summary`, and which nodes are this rank's."""
+        ...
+
+    def whole(self, scores: Tensor, own: Tensor) -> Tensor:
+        """Return the scores `[B, Hkv, T, G, C]` of all ranks' nodes from those of this rank's (`own`)."""
+        ...
+
+
+def descend(q: Tensor, kv: LayerKV, old: Tensor, plan: Plan, split: Split | None = None) -> Descent:
     """Descend for every query of a tile.
 
     Args:
@@ -94,6 +107,7 @@ def descend(q: Tensor, kv: LayerKV, old: Tensor, plan: Plan) -> Descent:
         kv: the layer.
         old: int64 `[T]` on the CPU, pages before each query's window; at least one query has some.
         plan: how.
+        split: of nodes over ranks; then only this rank's stand for their tokens, and what is opened is the same on all.
     """
     batch, heads, count, dim = q.shape
     kv_heads = kv.kv_heads
@@ -111,10 +125,14 @@ def descend(q: Tensor, kv: LayerKV, old: Tensor, plan: Plan) -> Descent:
             opened, good = nodes, valid
             continue
         block = PAGE * FANOUT**level
-        picked = _Picked(nodes)
+        at, own = (nodes, None) if split is None else split.place(nodes, level)
+        picked = _Picked(at)
         keys = picked.take(kv.summary("mean_key_rotated" if plan.rotated else "mean_key", block), q.dtype)
         scores = (grouped * plan.scale) @ keys.mT  # [B, Hkv, T, G, C]
-        votes = _votes(scores if plan.open_by == "mean" else _bounds(grouped, kv, picked, block, plan), valid, plan)
+        judged = scores if plan.open_by == "mean" else _bounds(grouped, kv, picked, block, plan)
+        if split is not None and own is not None and level == 0:
+            judged = split.whole(judged, own)
+        votes = _votes(judged, valid, plan)
         votes = _wanted(votes, nodes, level, plan)
         if valid is not None:
             votes = votes.masked_fill(~valid, float("-inf"))
@@ -122,6 +140,7 @@ def descend(q: Tensor, kv: LayerKV, old: Tensor, plan: Plan) -> Descent:
             votes = votes.masked_fill(~readable.to(q.device)[nodes], float("-inf"))
         opened, good, stays = _best(votes.expand(nodes.shape), nodes, valid, opens, free or level > 0)
         if plan.coarse:
+            stays = stays if own is None else stays & own
             logits = (scores + math.log(block)).masked_fill(~stays.unsqueeze(-2), float("-inf"))
             # Weights of 0 would let NaN through.
             values = picked.take(kv.summary("mean_value", block), q.dtype).masked_fill(~stays.unsqueeze(-1), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,6 +35,8 @@ def ask(
     quote: options.Quote = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
+    gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
     *,
     sampling: options.Sampling,
     json: options.AsJson = False,
@@ -43,11 +46,15 @@ def ask(
     The answer comes with the passages it rests on. With --session, what was read is kept: the next question about the
     same documents is answered at once.
     """
+    work.spread(gpus)
+    if work.follows():
+        work.follow(model, attention, device, prefill=prefill, weights=weights, parallel=parallel)
+        return
     question = output.readable(question)
     if not question.strip():
         raise UsageError("the question is empty: ask something")
     work.check_session(session, bool(doc), needs_documents=True)
-    with Progress() as progress:
+    with Progress() as progress, ExitStack() as closing:
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
         params = sampling.params()
@@ -62,7 +69,9 @@ def ask(
             kv_tier=kv_tier,
             weights=weights,
             quote=quote,
+            parallel=parallel,
         )
+        closing.callback(llm.close)
         if session is not None:
             progress.busy(f"opening the session {session}")
         opened = llm.session(session)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ def chat(
     quote: options.Quote = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
+    gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
     *,
     sampling: options.Sampling,
 ) -> None:
@@ -58,10 +60,14 @@ def chat(
 
     With --session the conversation is kept as well. Commands: /help, /doc PATH, /stats, /save NAME, /quit.
     """
+    work.spread(gpus)
+    if work.follows():
+        work.follow(model, attention, device, prefill=prefill, weights=weights, parallel=parallel)
+        return
     if "-" in (doc or []):
         raise UsageError("chat reads questions from standard input: give the document as a file")
     work.check_session(session, bool(doc), needs_documents=False)
-    with Progress() as progress:
+    with Progress() as progress, ExitStack() as closing:
         reading = work.read_files(doc or [], progress)
         progress.busy("starting")
         params = sampling.params()
@@ -76,7 +82,9 @@ def chat(
             kv_tier=kv_tier,
             weights=weights,
             quote=quote,
+            parallel=parallel,
         )
+        closing.callback(llm.close)
         talk = _Chat(llm, llm.session(session), params, progress)
         talk.read(reading.documents)
         talk.greet()

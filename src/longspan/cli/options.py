@@ -83,6 +83,23 @@ Weights = Annotated[
         "loss), own (as they are), or int8 (8 bits for all, with a small loss). Example: --weights int8.",
     ),
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        help="Spread the context over N GPUs of this machine. Example: --gpus 2. For several machines start longspan "
+        "with torchrun.",
+    ),
+]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        "--parallel",
+        metavar="HOW",
+        help="How a context lies over several GPUs (see docs/distributed.md). Default: auto.",
+    ),
+]
 Quote = Annotated[
     bool,
     typer.Option(

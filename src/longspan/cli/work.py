@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.cli import output
 from longspan.cli.progress import Progress
-from longspan.errors import Cancelled, UsageError
+from longspan.errors import Cancelled, LongspanError, UsageError
 from longspan.lengths import bytes_of
 
 if TYPE_CHECKING:
@@ -89,8 +89,9 @@ def load(
     weights: str = "auto",
     quote: bool = True,
     dtype: str | None = None,
+    parallel: str | None = None,
 ) -> LLM:
-    """Load the model (errors as `LLM`)."""
+    """Load the model (errors as `LLM`); where there are several ranks, `close` lets the others go."""
     from longspan import settings
 
     limit = None if kv_budget is None else bytes_of(kv_budget)
@@ -114,8 +115,52 @@ def load(
         kv_tier=kv_tier,
         weights=weights,
         quote=quote,
+        parallel=parallel or ("auto" if settings.ranks() > 1 else None),
         say=progress.say,
     )
+
+
+def spread(gpus: int | None) -> None:
+    """Run this command again, once for each of several GPUs, unless that was done already; then leave.
+
+    Raises:
+        UsageError: more of them than there are.
+        typer.Exit: all have ended.
+    """
+    from longspan import settings
+
+    if gpus is None or settings.ranks() > 1:
+        return
+    import typer
+
+    from longspan.distributed.launch import launch
+
+    raise typer.Exit(launch(gpus, "longspan.cli", sys.argv[1:]))
+
+
+def follows() -> bool:
+    """Return whether this process works for another that reads input and answers."""
+    from longspan import settings
+
+    return settings.ranks() > 1 and settings.rank() > 0
+
+
+def follow(
+    model: str | None, attention: str | None, device: str, *, prefill: str | None, weights: str, parallel: str | None
+) -> None:
+    """Work for rank 0 until it ends; what goes wrong is told by it.
+
+    Raises:
+        typer.Exit: something did.
+    """
+    import typer
+
+    from longspan.engine.llm import LLM
+
+    try:
+        LLM(model, attention, device, prefill=prefill, weights=weights, parallel=parallel or "auto").follow()
+    except (LongspanError, KeyboardInterrupt):
+        raise typer.Exit(1) from None
 
 
 def add(llm: LLM, session: Session, documents: Sequence[Document], progress: Progress) -> bool:

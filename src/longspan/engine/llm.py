@@ -26,6 +26,8 @@ from longspan.engine.contexts import Context
 from longspan.engine.generation import Answer, Generation, Stats, decode
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
+from longspan.engine.ranked_context import RankedContext, check
+from longspan.engine.ranks import Ranks, join
 from longspan.engine.sampler import SamplingParams
 from longspan.errors import Cancelled, ContextTooLongError, LongspanError, ModelError, SaveError, UsageError
 from longspan.hf.loading import load
@@ -73,6 +75,7 @@ class LLM:
         quote: bool = True,
         store: SessionStore | None = None,
         reuse: bool = True,
+        parallel: str | Ranks | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Load a model.
@@ -95,6 +98,9 @@ class LLM:
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
             store: where sessions are saved; None: the user's folder.
             reuse: whether documents that begin as a saved session does start from there, whichever session asks.
+            parallel: how contexts lie over the ranks that torchrun started: `auto`, `sharded`, or ranks that were
+                joined already; None: on this process alone. Every rank makes the same engine; all but rank 0 then
+                call `follow`.
             say: told in a line what takes long.
 
         Raises:
@@ -103,6 +109,13 @@ class LLM:
             UsageError: no such device or way to read weights, or a format that the number type can't hold.
         """
         chosen = None if attention in (None, _AUTO) else parse(attention)
+        self.ranks = join(parallel, device) if isinstance(parallel, str) else parallel
+        """Who shares contexts; None: nobody."""
+        if self.ranks is not None:
+            chosen = make("dense") if chosen is None else chosen
+            check(chosen, None if prefill is None else parse(prefill))
+            if kv != formats.AUTO or kv_budget is not None or kv_tier is not None:
+                raise UsageError("several ranks keep pages as they come: leave out --kv, --kv-budget and --kv-tier")
         if kv_tier is not None and kv_budget is None:
             raise UsageError("--kv-tier is for pages that a budget does not hold: give --kv-budget as well")
         limits = TierLimits.parse(kv_tier) if isinstance(kv_tier, str) else kv_tier
@@ -126,9 +139,31 @@ class LLM:
         self._heads: RetrievalHeads | None = None
         self._headless = False
         self._chooser = Chooser(self.model)
-        if not _reads_again(chosen):
+        if not _reads_again(chosen) and self.ranks is None:
             # Options that do not go together are refused now, not after documents were read.
             self.new_context(chosen or make("dense"))
+
+    # --- ranks ------------------------------------------------------------------------------------------------
+
+    def follow(self) -> bool:
+        """Work for rank 0 until it ends, on every other rank.
+
+        Returns:
+            Whether it did; False, at once, on rank 0 and where there is but one process.
+
+        Raises:
+            ParallelError: rank 0, or another, is gone.
+        """
+        if self.ranks is None or self.ranks.leads:
+            return False
+        ranks = self.ranks
+        ranks.follow(self.model, lambda attention, prefill: RankedContext(self.model, attention, ranks, prefill))
+        return True
+
+    def close(self) -> None:
+        """Let the other ranks go; contexts over ranks can't be read from afterwards."""
+        if self.ranks is not None:
+            self.ranks.end()
 
     # --- sessions ---------------------------------------------------------------------------------------------
 
@@ -481,6 +516,8 @@ class LLM:
             if self._keeps_as_asked:
                 raise UsageError(_INDEX_ALONE)
             return IndexContext(self.model, mechanism, self.heads(progress))
+        if self.ranks is not None:
+            return RankedContext(self.model, mechanism, self.ranks, self.prefill_by)
         return KVContext(
             self.model,
             mechanism,

@@ -6,7 +6,7 @@ summed over the question's tokens, is the head's vote for it. It does not know m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,19 +30,26 @@ class Choice:
     """`heads`, `lexical` or `heads+lexical`."""
 
 
-def token_mass(queries: Mapping[Head, Tensor], keys: Mapping[Head, Tensor], *, sinks: int) -> Tensor:
+def token_mass(
+    queries: Mapping[Head, Tensor],
+    keys: Mapping[Head, Tensor],
+    *,
+    sinks: int,
+    whole: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return each head's attention mass on each token.
 
     Args:
         queries: each head's queries `[T, D]`, unrotated, float32, already multiplied by the scale of scores.
         keys: each head's keys `[N, D]`, unrotated, any float type.
         sinks: first keys that are left out.
+        whole: where keys are a part of all, returns the log-sum-exps `[T]` over all from those over this part.
 
     Returns:
         float32 `[heads, N]` on the CPU, the mean over the question's tokens: a row sums to 1, or to 0 where no key is
         left.
     """
-    return torch.stack([_one_head(q, keys[head], sinks) for head, q in queries.items()])
+    return torch.stack([_one_head(q, keys[head], sinks, whole) for head, q in queries.items()])
 
 
 def page_mass(mass: Tensor) -> Tensor:
@@ -51,18 +58,19 @@ def page_mass(mass: Tensor) -> Tensor:
     return torch.nn.functional.pad(mass, (0, pages * PAGE - mass.shape[1])).view(mass.shape[0], pages, PAGE).sum(2)
 
 
-def _one_head(q: Tensor, k: Tensor, sinks: int) -> Tensor:
+def _one_head(q: Tensor, k: Tensor, sinks: int, whole: Callable[[Tensor], Tensor] | None) -> Tensor:
     length = k.shape[0]
-    if length <= sinks:
-        return torch.zeros(length)
     # Two passes, so that scores of all keys are never held at once.
     total = torch.full((q.shape[0],), float("-inf"), device=q.device)
     for start in range(0, length, _BLOCK):
         total = torch.logaddexp(total, torch.logsumexp(_scores(q, k, start, sinks), 1))
+    total = total if whole is None else whole(total)
+    # A question that sees no key has a total of -inf: subtracting it would give NaN.
+    total = total.masked_fill(total == float("-inf"), 0.0)
     blocks = [
         torch.exp(_scores(q, k, start, sinks) - total.unsqueeze(1)).mean(0).cpu() for start in range(0, length, _BLOCK)
     ]
-    return torch.cat(blocks)
+    return torch.cat(blocks) if blocks else torch.zeros(0)
 
 
 def _scores(q: Tensor, k: Tensor, start: int, sinks: int) -> Tensor:

@@ -1,0 +1,156 @@
+"""The ranks that share one engine's contexts: who leads, how tokens and queries are spread, what is told to followers.
+
+Rank 0 reads input, samples and answers. Before each piece of work on a context it tells the others, which do the same on
+their own part: their contexts are made, extended, cut, forked and restored in step with its own. Work is told in pieces
+that are done wholly or not at all (a chunk), and Ctrl-C waits for the end of one, so that ranks never stand at different
+places. It does not know what is read: `ranked_context.py` does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from longspan.attention import Mechanism, parse
+from longspan.distributed.follow import Word
+from longspan.distributed.group import Group
+from longspan.distributed.shards import Shards, ShardRotary
+from longspan.errors import LongspanError, ParallelError, UsageError
+from longspan.hf.model import CausalModel
+from longspan.kv.rotary import Rotary
+from longspan.kv.undisturbed import Undisturbed
+
+if TYPE_CHECKING:
+    from longspan.engine.ranked_context import RankedContext
+
+LEAST = 16
+"""Tokens of a chunk for each rank from which on they are split: fewer are run by every rank."""
+
+
+class Ranks:
+    """The ranks of one engine."""
+
+    def __init__(self, group: Group, *, own: bool = False) -> None:
+        """Take the ranks, all of which do so; `own`: nobody else talks to them, so that the end of work ends them."""
+        self._own = own
+        self.group, self.word = group, Word(group)
+        self.host = group.host()
+        """The same for tensors in host memory."""
+        self.leads = group.rank == 0
+        """Whether this is the rank that decides."""
+        self._contexts: weakref.WeakValueDictionary[int, RankedContext] | dict[int, RankedContext]
+        self._contexts = weakref.WeakValueDictionary() if self.leads else {}
+        self._next, self._closed, self._depth = 0, list[int](), 0
+        self._lost: LongspanError | None = None
+        self._rotaries: dict[tuple[int, int], ShardRotary] = {}
+
+    def shards(self, mechanism: Mechanism) -> Shards:
+        """Return how a context's tokens are dealt out."""
+        return Shards(self.group.rank, self.group.size, mechanism.shard_unit)
+
+    def rotary(self, whole: Rotary | None, shards: Shards) -> ShardRotary | None:
+        """Return what rotates rows; all layers and contexts share its angles."""
+        if whole is None:
+            return None
+        key = id(whole), shards.unit
+        if key not in self._rotaries:
+            self._rotaries[key] = ShardRotary(whole, shards)
+        return self._rotaries[key]
+
+    def split(self, count: int) -> list[int] | None:
+        """Return how many tokens of a chunk each rank runs through the layers, in order; None: each runs all."""
+        size = self.group.size
+        if count < LEAST * size:
+            return None
+        return [count * (rank + 1) // size - count * rank // size for rank in range(size)]
+
+    def add(self, context: RankedContext) -> int:
+        """Count a context among those that all ranks hold, and return its number."""
+        number, self._next = self._next, self._next + 1
+        self._contexts[number] = context
+        if self.leads:
+            # Nothing may be told while Python clears up: it is told with the next piece of work.
+            weakref.finalize(context, self._closed.append, number)
+        return number
+
+    @contextmanager
+    def together(self, work: str, **details: Any) -> Iterator[None]:
+        """Do a piece of work on all ranks; what it consists of is not told again.
+
+        Raises:
+            ParallelError: a rank is gone, now or before.
+        """
+        if self._lost is not None:
+            raise self._lost
+        with Undisturbed():
+            try:
+                if self.leads and self._depth == 0:
+                    closed = [self._closed.pop() for _ in range(len(self._closed))]
+                    self.word.tell(work, closed=closed, **details)
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+            except ParallelError as error:
+                self._lost = error
+                raise
+
+    def follow(self, model: CausalModel, make: Callable[[Mechanism, Mechanism | None], RankedContext]) -> None:
+        """Do what rank 0 tells until it ends (all other ranks).
+
+        Args:
+            model: this rank's.
+            make: makes an empty context for an attention, and what reads documents.
+
+        Raises:
+            ParallelError: rank 0, or another, is gone.
+        """
+        while True:
+            work, details = self.word.hear()
+            for number in details.pop("closed"):
+                self._contexts.pop(number, None)
+            if work == "end":
+                self._leave()
+                return
+            try:
+                with self.together(work):
+                    if work == "new":
+                        prefill = details["prefill"]
+                        make(parse(details["attention"]), None if prefill is None else parse(prefill))
+                    else:
+                        self._contexts[details.pop("context")].do(work, details)
+            except ParallelError:
+                raise
+            except LongspanError:
+                continue  # rank 0 says the same to whoever asked
+
+    def end(self) -> None:
+        """Let the others go (rank 0); nothing can be read over ranks afterwards."""
+        if self._lost is None and self.leads:
+            with self.together("end"):
+                pass
+            self._lost = UsageError("the other ranks were let go: start the program again")
+            self._leave()
+
+    def _leave(self) -> None:
+        self._contexts.clear()
+        for group in (self.word.group, self.host, *([self.group] if self._own else [])):
+            group.close()
+
+
+def join(placement: str, device: str = "auto") -> Ranks | None:
+    """Return the ranks that torchrun started, this process among them; None: it is alone.
+
+    Args:
+        placement: how contexts lie over them.
+        device: as for `LLM`.
+
+    Raises:
+        UnknownNameError, UsageError: no such placement; ranks were not started together.
+        ParallelError: the others did not come.
+    """
+    group = Group.start(None if device == "auto" else device.partition(":")[0])
+    return None if group.size == 1 else Ranks(group, own=True)
