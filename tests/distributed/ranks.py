@@ -23,7 +23,9 @@ class Ranks:
 
     def __init__(self, folder: Path, size: int, timeout: float = 30.0) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "longspan.distributed.group", "longspan.kernels.partial_attention"])
+        context.set_forkserver_preload(
+            ["torch", "longspan.engine.llm", "transformers.models.llama.modeling_llama", "tiny_llama"]
+        )
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -78,6 +80,7 @@ def _serve(pipe: Connection, address: str, rank: int, size: int, timeout: float)
             function, args, count = pipe.recv()
         except (EOFError, OSError):
             break
+        groups[count].sent.clear()
         try:
             pipe.send((function(groups[count], *args), False))
         except BaseException:

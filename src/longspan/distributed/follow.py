@@ -25,8 +25,8 @@ class Word:
     """The way from rank 0 to the others."""
 
     def __init__(self, group: Group) -> None:
-        """Take the ranks; all of them must do so, in one order."""
-        self.group = group.host(_PATIENCE)
+        """Take the ranks, for tensors in host memory."""
+        self.group = group
 
     def tell(self, work: str, **details: Any) -> None:
         """Tell the others what comes next (rank 0); details are numbers, words, lists and None."""
@@ -36,14 +36,14 @@ class Word:
         head[:_LENGTH] = torch.tensor([len(note)], dtype=torch.int64).view(torch.uint8)
         begin = note[: _FIRST - _LENGTH]
         head[_LENGTH : _LENGTH + len(begin)] = torch.frombuffer(bytearray(begin), dtype=torch.uint8)
-        self.group.broadcast(head)
+        self.group.broadcast(head, timeout=_PATIENCE)
         if len(note) > len(begin):
             self.group.broadcast(torch.frombuffer(bytearray(note[len(begin) :]), dtype=torch.uint8))
 
     def hear(self) -> tuple[str, dict[str, Any]]:
         """Wait for what comes next (all other ranks)."""
         assert self.group.rank != 0, "rank 0 decides"
-        head = self.group.broadcast(torch.empty(_FIRST, dtype=torch.uint8))
+        head = self.group.broadcast(torch.empty(_FIRST, dtype=torch.uint8), timeout=_PATIENCE)
         length = int(head[:_LENGTH].view(torch.int64))
         note = bytes(head[_LENGTH : _LENGTH + min(length, _FIRST - _LENGTH)].tolist())
         if length > len(note):

@@ -31,6 +31,7 @@ TIMEOUT = 300.0
 """Seconds that a rank may take to answer."""
 GATHERED = 1 << 20
 """Bytes that all ranks' partial outputs may have together to be gathered in one message; above, a tree halves them."""
+_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -144,9 +145,11 @@ class Group:
         return Group(list(ranks).index(self.rank), len(members), self.device, None if alone else made, self.timeout)
 
     def close(self) -> None:
-        """Leave: the last thing that a rank does with the ranks it started with."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave: the last thing that a rank does with a group. That of all ranks takes every smaller one along."""
+        if dist.is_initialized() and self._processes is not None:
+            whole = self._processes is dist.group.WORLD
+            dist.destroy_process_group(None if whole else self._processes)
+        # Threads of a group that something still refers to as the program ends would end it with an abort.
         self._processes = None
 
     def told(self, what: str) -> contextlib.AbstractContextManager[None]:
@@ -169,7 +172,7 @@ class Group:
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
         with self.told("gathering"):
-            dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self._processes)
+            _GATHER(out.view(-1), x.view(-1), group=self._processes)
         self.sent["gather"] += (self.size - 1) * _bytes(x)
         return out
 
@@ -181,13 +184,61 @@ class Group:
             self.sent["reduce"] += 2 * (self.size - 1) * _bytes(x) // self.size
         return x
 
-    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """Replace x by the source rank's, in place, and return it."""
+    def broadcast(self, x: Tensor, source: int = 0, timeout: float | None = None) -> Tensor:
+        """Replace x by the source rank's, in place, and return it.
+
+        Args:
+            x: contiguous, of one shape and type on all ranks.
+            source: whose is taken.
+            timeout: seconds that it may take (gloo); None: as long as everything else.
+        """
         if self._processes is not None:
+            options = dist.BroadcastOptions()
+            options.rootRank = source
+            if timeout is not None:
+                options.timeout = datetime.timedelta(seconds=timeout)
             with self.told("broadcasting"):
-                dist.broadcast(x, dist.get_global_rank(self._processes, source), group=self._processes)
+                self._processes.broadcast([x], options).wait()
             self.sent["broadcast"] += _bytes(x) if self.rank == source else 0
         return x
+
+    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Send piece r to rank r, and return what every rank sent here: all have the shape of this rank's own piece."""
+        own = pieces[self.rank]
+        out = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        asked = []
+        for rank in others:
+            peer = dist.get_global_rank(self._processes, rank) if self._processes is not None else 0
+            if pieces[rank].numel():
+                asked.append(dist.P2POp(dist.isend, pieces[rank], peer, self._processes))
+            if own.numel():
+                asked.append(dist.P2POp(dist.irecv, out[rank], peer, self._processes))
+        self.sent["deal"] += sum(_bytes(pieces[rank]) for rank in others)
+        with self.told("exchanging"):
+            for work in dist.batch_isend_irecv(asked) if asked else []:
+                work.wait()
+        return out
+
+    def send(self, x: Tensor, target: int) -> None:
+        """Send a contiguous tensor to a rank that calls `receive` for it."""
+        if x.numel():
+            self._send([x], target, [], target, "send", receive=False)
+
+    def receive(self, x: Tensor, source: int) -> Tensor:
+        """Write what a rank sends into x, which has its shape and type and no gaps, and return it."""
+        if x.numel():
+            self._send([], source, [x], source, "send", send=False)
+        return x
+
+    def host(self) -> Group:
+        """Return the same ranks for tensors in host memory; all of them must call it, in one order."""
+        if self.device.type == "cpu" or self._processes is None:
+            return self
+        members = [dist.get_global_rank(self._processes, rank) for rank in range(self.size)]
+        with self.told("making a group for the host"):
+            made = dist.new_group(members, timeout=datetime.timedelta(seconds=self.timeout), backend="gloo")
+        return Group(self.rank, self.size, torch.device("cpu"), made, self.timeout)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

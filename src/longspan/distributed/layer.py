@@ -15,15 +15,16 @@ from torch import Tensor
 from longspan.distributed.group import Group
 from longspan.distributed.nodes import Nodes
 from longspan.distributed.shards import ShardRows, Shards
-from longspan.errors import SessionCorruptError
+from longspan.errors import SessionCorruptError, SessionError
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
-from longspan.kv.pages import PagedKV
+from longspan.kv.coming import rows_in
+from longspan.kv.pages import PagedKV, PagePool
 from longspan.kv.rotary import Rotary
 
 _PLANES = ("k", "v")
-_AT_ONCE = 1 << 28
-"""Bytes of pages that are handed over in one message."""
+_AT_ONCE = 512
+"""Pages that are handed over in one message."""
 
 
 class ShardKV:
@@ -47,6 +48,11 @@ class ShardKV:
     def length(self) -> int:
         """Number of tokens of the context, on whichever ranks."""
         return self.rows.total
+
+    @property
+    def pool(self) -> PagePool:
+        """Where this rank's pages lie."""
+        return self.held.pool
 
     @property
     def nbytes(self) -> int:
@@ -94,100 +100,106 @@ class ShardKV:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return on rank 0 what `PagedKV.tensors` returns where one rank holds all; on others nothing.
 
-        Every rank calls it.
+        Every rank calls it. Summaries are left out: they are computed again from pages.
         """
         packed = self.held.tensors("")
         numbers = self.shards.tokens(packed["pages"] * PAGE) // PAGE
         counts = self.group.gather(torch.tensor([len(numbers)])).flatten().tolist()
+        mine = [numbers, *(packed[what].cpu() for what in _PLANES)]
         if self.group.rank != 0:
-            self._hand(0, [numbers, *(packed[what] for what in _PLANES)])
+            for tensor in mine:
+                for piece in _pieces(tensor):
+                    self.group.send(piece.contiguous(), 0)
             return {}
-        pages, parts = [numbers], [[packed[what].cpu()] for what in _PLANES]
+        parts = [mine]
         for rank in range(1, self.group.size):
-            sizes = [packed[what].shape[::2] for what in _PLANES]
-            like = [numbers.new_empty(counts[rank])]
-            like += [
-                packed[what].new_empty(size[0], counts[rank], PAGE, packed[what].shape[3], device="cpu")
-                for what, size in zip(_PLANES, sizes, strict=True)
-            ]
-            taken = self._take(rank, like)
-            pages.append(taken[0])
-            for part, rows in zip(parts, taken[1:], strict=True):
-                part.append(rows)
-        order = torch.cat(pages).argsort()
-        out = {f"{prefix}pages": torch.cat(pages)[order]}
-        return out | {prefix + what: torch.cat(part, 1)[:, order] for what, part in zip(_PLANES, parts, strict=True)}
+            taken = [tensor.new_empty(_resized(tensor, counts[rank])) for tensor in mine]
+            for tensor in taken:
+                for piece in _pieces(tensor):
+                    piece.copy_(self.group.receive(torch.empty(piece.shape, dtype=piece.dtype), rank))
+            parts.append(taken)
+        pages = torch.cat([part[0] for part in parts])
+        order = pages.argsort()
+        rows = {what: torch.cat([part[i] for part in parts], 1)[:, order] for i, what in enumerate(_PLANES, 1)}
+        return {prefix + name: tensor for name, tensor in ({"pages": pages[order]} | rows).items()}
 
     def restore(self, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> None:
         """Hold what `tensors` returned, for a context of `length` tokens; every rank calls it, rank 0 with tensors.
 
         Raises:
-            SessionCorruptError: it does not fit; the layer is as it was, on every rank.
+            SessionError: it does not fit, or is damaged; the layer is as it was, on every rank.
         """
-        counts, pages = [0] * self.group.size, torch.empty(0, dtype=torch.int64)
-        fault = ""
+        fault: SessionError | None = None
+        pages = torch.empty(0, dtype=torch.int64)
         if self.group.rank == 0:
             try:
                 pages = self._checked(prefix, length, tensors)
-                for rank in range(self.group.size):
-                    counts[rank] = int(self.shards.of(rank).owns(pages * PAGE).sum())
-            except SessionCorruptError as error:
-                fault = str(error)
-        counts = self.group.broadcast(torch.tensor([int(bool(fault)), *counts])).tolist()
-        if counts[0]:
-            raise SessionCorruptError(fault or "the saved pages do not fit the model: remove the session and read again")
+            except SessionError as error:
+                fault = error
+        count = int(self.group.broadcast(torch.tensor([-1 if fault else len(pages)])))
+        if count < 0:
+            raise fault or _unfit()
+        pages = self.group.broadcast(pages if self.group.rank == 0 else torch.empty(count, dtype=torch.int64))
+        own = self.shards.owns(pages * PAGE)
         native = self.held.pool.native.tensors
-        if self.group.rank == 0:
-            for rank in range(1, self.group.size):
-                chosen = self.shards.of(rank).owns(pages * PAGE)
-                self._hand(rank, [pages[chosen], *(tensors[prefix + what][:, chosen] for what in _PLANES)])
-            chosen = self.shards.owns(pages * PAGE)
-            own = [pages[chosen], *(tensors[prefix + what][:, chosen] for what in _PLANES)]
-        else:
-            count = counts[1 + self.group.rank]
-            like = [torch.empty(count, dtype=torch.int64)]
-            like += [
-                torch.empty(native[w].shape[0], count, *native[w].shape[2:], dtype=native[w].dtype) for w in _PLANES
-            ]
-            own = self._take(0, like)
-        rows = self.shards.rows(own[0] * PAGE) // PAGE
-        held = {"pages": rows} | dict(zip(_PLANES, own[1:], strict=True))
-        self.held.restore("", self.shards.count(length), held)
+        rows = {what: native[what].new_empty(_resized(native[what], int(own.sum())), device="cpu") for what in _PLANES}
+        done = 0
+        for start in range(0, count, _AT_ONCE):
+            piece = pages[start : start + _AT_ONCE]
+            stop = done + int(own[start : start + _AT_ONCE].sum())
+            for what in _PLANES:
+                read: Tensor | None = None
+                if self.group.rank == 0:
+                    read = native[what].new_zeros(_resized(native[what], len(piece)), device="cpu")
+                    try:
+                        read = rows_in(tensors, prefix + what).read(start, start + len(piece))
+                    except SessionError as error:
+                        fault = error  # told when all have what they wait for
+                rows[what][:, done:stop] = self._dealt(read, piece, rows[what][:, done:stop])
+            done = stop
+        if int(self.group.broadcast(torch.tensor([int(fault is not None)]))):
+            raise fault or _unfit()
+        held = self.shards.rows(pages[own] * PAGE) // PAGE
+        self.held.restore("", self.shards.count(length), {"pages": held, **rows})
         self.rows.nodes.truncate(0)
         self.rows.total = length
+
+    def _dealt(self, read: Tensor | None, pages: Tensor, like: Tensor) -> Tensor:
+        """Return what of some pages is this rank's; rank 0 has read them all."""
+        if read is None:
+            return self.group.receive(torch.empty(like.shape, dtype=like.dtype), 0)
+        for rank in range(1, self.group.size):
+            self.group.send(read[:, self.shards.of(rank).owns(pages * PAGE)].contiguous(), rank)
+        return read[:, self.shards.owns(pages * PAGE)]
 
     def _checked(self, prefix: str, length: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the numbers of the pages that were saved (SessionCorruptError: something does not fit)."""
         native = self.held.pool.native.tensors
-        pages = tensors.get(f"{prefix}pages")
-        found = [tensors.get(prefix + what) for what in _PLANES]
-        other = [name for name in tensors if name.startswith(prefix) and name[len(prefix) :].endswith(".pages")]
-        if other or pages is None or any(each is None for each in found):
-            raise SessionCorruptError("the saved pages are not of one native type: open the session on one rank")
+        names = {name[len(prefix) :] for name in tensors if name.startswith(prefix)}
+        smaller = {name for name in names if name.endswith(".pages") and name != "marks.pages"}
+        if smaller or ("marks.rounded" in names and tensors[f"{prefix}marks.rounded"].numel()):
+            raise SessionCorruptError("the session holds pages in a smaller format: open it on one rank")
+        if not {"pages", *_PLANES} <= names:
+            raise _unfit()
+        pages = tensors[f"{prefix}pages"]
         whole = pages.dim() == 1 and (pages.numel() == 0 or 0 <= int(pages[0]) <= int(pages[-1]) < -(-length // PAGE))
-        shapes = [(native[w].shape[0], pages.numel(), *native[w].shape[2:]) for w in _PLANES]
-        same = all(each is not None and tuple(each.shape) == shape for each, shape in zip(found, shapes, strict=True))
+        same = all(
+            tuple(rows_in(tensors, prefix + what).shape) == _resized(native[what], pages.numel()) for what in _PLANES
+        )
         if not whole or not same or not bool((pages.diff() > 0).all()):
-            raise SessionCorruptError("the saved pages do not fit the model: remove the session and read again")
+            raise _unfit()
         return pages
-
-    def _hand(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            for piece in _pieces(tensor):
-                self.group.send(piece.cpu().contiguous(), rank)
-
-    def _take(self, rank: int, like: Sequence[Tensor]) -> list[Tensor]:
-        for tensor in like:
-            for piece in _pieces(tensor):
-                piece.copy_(self.group.receive(piece.contiguous(), rank))
-        return list(like)
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Return a tensor of pages `[Hkv, n, ...]`, or of numbers, in pieces that are small enough for one message."""
-    if tensor.numel() == 0:
-        return []
-    if tensor.dim() == 1:
-        return [tensor]
-    each = max(1, _AT_ONCE // max(1, tensor[:, :1].nbytes))
-    return tensor.split(each, 1)
+    """Return a tensor of pages, `[Hkv, n, ...]` or `[n]`, in pieces of a bounded size."""
+    return tensor.split(_AT_ONCE, min(1, tensor.dim() - 1)) if tensor.numel() else []
+
+
+def _resized(tensor: Tensor, pages: int) -> tuple[int, ...]:
+    """Return the shape of so many pages, `[Hkv, pages, ...]` or `[pages]`."""
+    return (pages,) if tensor.dim() == 1 else (tensor.shape[0], pages, *tensor.shape[2:])
+
+
+def _unfit() -> SessionCorruptError:
+    return SessionCorruptError("the saved pages do not fit the model: remove the session and read again")

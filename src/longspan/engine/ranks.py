@@ -35,9 +35,9 @@ class Ranks:
     def __init__(self, group: Group, *, own: bool = False) -> None:
         """Take the ranks, all of which do so; `own`: nobody else talks to them, so that the end of work ends them."""
         self._own = own
-        self.group, self.word = group, Word(group)
-        self.host = group.host()
-        """The same for tensors in host memory."""
+        self.group, self.host = group, group.host()
+        """For tensors where the model is, and in host memory."""
+        self.word = Word(self.host)
         self.leads = group.rank == 0
         """Whether this is the rank that decides."""
         self._contexts: weakref.WeakValueDictionary[int, RankedContext] | dict[int, RankedContext]
@@ -137,8 +137,9 @@ class Ranks:
 
     def _leave(self) -> None:
         self._contexts.clear()
-        for group in (self.word.group, self.host, *([self.group] if self._own else [])):
-            group.close()
+        if self._own:
+            self.host.close()
+            self.group.close()
 
 
 def join(placement: str, device: str = "auto") -> Ranks | None:
