@@ -9,7 +9,7 @@
 | `LONGSPAN_THREADS` | CPU threads for torch: one fewer where other work keeps a core busy | torch's own choice |
 | `GOMP_SPINCOUNT` | how long an idle thread of torch's OpenMP spins before it sleeps; set unless you set it | `10000` |
 | `LONGSPAN_API_KEY` | key of an endpoint that an eval asks; another variable with `--api-key-env` | unset |
-| `WORLD_SIZE`, `RANK`, `LOCAL_RANK` | how many processes share a context, which of them this is, and which of its host: torchrun sets them | `1`, `0`, `0` |
+| `WORLD_SIZE`, `RANK` | how many processes share contexts, and which of them this is; torchrun sets them | `1`, `0` |
 | `LONGSPAN_DEBUG` | `1`: the command line shows a traceback where it would say `internal error` | unset |
 """
 
@@ -83,11 +83,6 @@ def ranks() -> int:
 def rank() -> int:
     """Return which of them this is: rank 0 reads input and answers."""
     return _whole("RANK", 0)
-
-
-def local_rank() -> int:
-    """Return which of its host's processes this is."""
-    return _whole("LOCAL_RANK", 0)
 
 
 def share_cores() -> None:

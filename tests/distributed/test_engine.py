@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from ranks import Ranks as Started
 
 from longspan import LLM
 from longspan.engine import contexts
@@ -13,10 +14,11 @@ from longspan.engine.ranks import Ranks
 from longspan.errors import LongspanError, ParallelError, SessionCorruptError, UsageError
 from longspan.hf.loading import load
 from longspan.retrieval import heads
-from ranks import Ranks as Started
 
 SPECS = ("dense", "superlinear:window=80,spans=2", "tree:window=70,leaves=4,beam=2", "streaming:window=100,sinks=4")
-WORDS = "harbour board met code gate key lantern ferry pier Oslo Riga Tom Lise spare nobody asked May the of a in 7 12 315"
+WORDS = (
+    "harbour board met code gate key lantern ferry pier Oslo Riga Tom Lise spare nobody asked May the of a in 7 12 315"
+)
 ASKED = ("Where is the key?", "What of the gate?")
 
 
@@ -177,7 +179,11 @@ def refused(group, folder, place):
     if group.rank:
         return None
     told = []
-    for options in ({"attention": "h2o"}, {"attention": "dense", "kv": "int8"}, {"attention": "dense", "prefill": "quest"}):
+    for options in (
+        {"attention": "h2o"},
+        {"attention": "dense", "kv": "int8"},
+        {"attention": "dense", "prefill": "quest"},
+    ):
         try:
             LLM(model(folder), parallel=object.__new__(Ranks), **options)
         except UsageError as error:

@@ -186,9 +186,7 @@ class Mechanism(ABC):
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """Attend from the positions `first .. first + T - 1`, T at most a tile; returns `[B, Hq, T, Dv]`."""
 
-    def attend_shard(
-        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
-    ) -> Parts:
+    def attend_shard(self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints) -> Parts:
         """Attend to one rank's rows from the positions `first .. first + T - 1`, T at most a tile.
 
         Every rank calls it with the same queries; outputs are merged over ranks afterwards (`sharded.attend`).

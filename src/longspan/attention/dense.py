@@ -60,9 +60,7 @@ class Dense(Mechanism):
             return partial_attention(q, k, v, scale=scale)[0]
         return causal.causal_attention(q, k, v, scale=scale)
 
-    def attend_shard(
-        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
-    ) -> Parts:
+    def attend_shard(self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints) -> Parts:
         """See `Mechanism.attend_shard`."""
         return Parts.one(*attend_newest(q, rows, first, None, scale))
 

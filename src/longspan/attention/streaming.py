@@ -52,9 +52,7 @@ class Streaming(Mechanism):
             return near[0]
         return merge_partials(torch.stack([near[0], far[0]]), torch.stack([near[1], far[1]]))[0]
 
-    def attend_shard(
-        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
-    ) -> Parts:
+    def attend_shard(self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints) -> Parts:
         """See `Mechanism.attend_shard`; sinks are one span, as if it stood directly before the window."""
         near = attend_newest(q, rows, first, self.window, scale)
         count = q.shape[2]

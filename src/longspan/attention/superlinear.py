@@ -171,9 +171,7 @@ class Superlinear(Mechanism):
         routed = (weights.unsqueeze(-1) * torch.stack(each, -2)).sum(-2)
         return torch.where(some, routed, near)
 
-    def attend_shard(
-        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
-    ) -> Parts:
+    def attend_shard(self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints) -> Parts:
         """See `Mechanism.attend_shard`."""
         return superlinear_sharded.attend_shard(self, q, rows, group, first, scale, hints)
 
@@ -239,7 +237,7 @@ class Superlinear(Mechanism):
         return scores, lo, torch.where(scores == float("-inf"), lo - 1, hi)
 
     def scores_of(self, q: Tensor, kv: LayerKV, anchors: Tensor) -> Tensor:
-        """Return the search scores `[B, Hq, T, M]` of anchors `[T, M]`, those of a group's heads summed if they share."""
+        """Return the search scores `[B, Hq, T, M]` of anchors `[T, M]`; of heads that share, their sum."""
         scores = self._scores(q, kv, anchors)
         if self.share == "group":
             grouped = scores.unflatten(1, (kv.kv_heads, -1))

@@ -115,9 +115,7 @@ class Tree(Mechanism):
             measure(kv.mass, q, kv, first, windows, found, lse, scale)
         return out
 
-    def attend_shard(
-        self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints
-    ) -> Parts:
+    def attend_shard(self, q: Tensor, rows: ShardRows, group: Group, first: int, scale: float, hints: Hints) -> Parts:
         """See `Mechanism.attend_shard`."""
         return tree_sharded.attend_shard(self, q, rows, group, first, scale, hints)
 

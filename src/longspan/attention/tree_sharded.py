@@ -1,12 +1,12 @@
 """The tree over ranks: every rank holds whole subtrees of 16 pages, and what lies above them is known to all.
 
 Tokens are dealt out by 16 pages (1024 tokens), so that a node of level 1 and its pages lie on one rank. Its summaries
-are sent to all once, when its last page is full: a thousandth of the keys' and values' bytes, from which each rank makes
-the levels above. A query's descent down to level 1 is then the same on every rank without a word between them. Of the
-last level each rank scores the pages that it holds, the scores travel (at most `15 + 16 beam` a query head), and all
-choose alike. Each rank reads the chosen pages and the part of the window that it holds, and lets the nodes of its own
-stand for their tokens: a page that was not opened on the rank that holds it, a node above on rank `node % ranks`. One
-merge gives the softmax over everything, each token once.
+are sent to all once, when its last page is full: a few thousandths of the keys' and values' bytes, from which each
+rank makes the levels above. A query's descent down to level 1 is then the same on every rank without a word between
+them. Of the last level each rank scores the pages that it holds, the scores travel (at most `15 + 16 beam` a query
+head), and all choose alike. Each rank reads the chosen pages and the part of the window that it holds, and lets the
+nodes of its own stand for their tokens: a page that was not opened on the rank that holds it, a node above on rank
+`node % ranks`. One merge gives the softmax over everything, each token once.
 
 What it computes is what `tree.py` says. It does not measure how much attention pages get.
 """
@@ -63,8 +63,8 @@ def attend_shard(
 def _leaves(
     q: Tensor, rows: ShardRows, first: int, windows: Tensor, found: Descent, scale: float, own: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the tokens of the chosen pages that lie here, at the positions at which one rank would read them all."""
-    batch, heads, count, dim = q.shape
+    """Attend to the tokens of the chosen pages that lie here, at the positions at which one rank would read them."""
+    batch, _, count, dim = q.shape
     index, valid = tokens_of_blocks(found.pages, found.valid, PAGE)
     here = rows.shards.owns(index)
     here = here if valid is None else here & valid
@@ -75,12 +75,8 @@ def _leaves(
     parts = []
     for start in range(0, count, step):
         part = slice(start, start + step)
-        parts.append(
-            attend_gathered(
-                q[:, :, part], held, first + start, windows[part], index[:, :, part], here[:, :, part], scale, own,
-                False, rows.kv_heads,
-            )  # fmt: skip
-        )
+        one = q[:, :, part], held, first + start, windows[part], index[:, :, part], here[:, :, part], scale, own
+        parts.append(attend_gathered(*one, near=False, kv_heads=rows.kv_heads))
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

@@ -1,7 +1,8 @@
 """One layer's keys and values of a context over ranks: what a context asks of it, in tokens; what is held, in rows.
 
-Every rank is given the keys and values of all new tokens and keeps its own (`shards.py`). What is saved is what one rank
-would save: pages are handed to rank 0 and come from there, so that a session does not know how many ranks there were.
+Every rank is given the keys and values of all new tokens and keeps its own (`shards.py`). What is saved is what one
+rank would save: pages are handed to rank 0 and come from there, so that a session does not know how many ranks there
+were.
 It does not know mechanisms or models.
 """
 
@@ -41,6 +42,7 @@ class ShardKV:
         """
         assert held.pool.format is held.pool.native.format, "pages are held as they came"
         self.held, self.shards, self.group = held, shards, group
+        self.pool: PagePool = held.pool
         self.rows = ShardRows(held, shards, rotary, 0, Nodes())
         """What mechanisms read."""
 
@@ -48,11 +50,6 @@ class ShardKV:
     def length(self) -> int:
         """Number of tokens of the context, on whichever ranks."""
         return self.rows.total
-
-    @property
-    def pool(self) -> PagePool:
-        """Where this rank's pages lie."""
-        return self.held.pool
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,8 @@
 """Summaries of whole units of a context, known to every rank, and of the blocks above them.
 
-A unit's tokens lie on one rank (`shards.py`), which sends the unit's summaries to all once it is full and they are first
-asked for: a few vectors a unit, whatever the context's length. Blocks of several units are put together from them on
-every rank alike. It does not know what is summarised or why.
+A unit's tokens lie on one rank (`shards.py`), which sends the unit's summaries to all once it is full and they are
+first asked for: a few vectors a unit, whatever the context's length. Blocks of several units are put together from
+them on every rank alike. It does not know what is summarised or why.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ attention is shared, and every rank has the same logits. Whatever is done is don
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ from longspan.retrieval.heads import RetrievalHeads
 class RankedContext(KVContext):
     """Keeps every layer's keys and values, a part on each rank."""
 
-    def __init__(self, model: CausalModel, mechanism: Mechanism, ranks: Ranks, prefill: Mechanism | None = None) -> None:
+    def __init__(
+        self, model: CausalModel, mechanism: Mechanism, ranks: Ranks, prefill: Mechanism | None = None
+    ) -> None:
         """Start empty, on all ranks.
 
         Args:
@@ -84,9 +86,14 @@ class RankedContext(KVContext):
         elif work == "truncate":
             self.truncate(details["length"])
         else:
-            {"commit": self._commit, "drop": self._drop, "free": self.free, "fork": self.fork, "tensors": self.tensors}[
-                work
-            ]()
+            plain: dict[str, Callable[[], object]] = {
+                "commit": self._commit,
+                "drop": self._drop,
+                "free": self.free,
+                "fork": self.fork,
+                "tensors": self.tensors,
+            }
+            plain[work]()
 
     def fork(self, budget: Budget | None = None) -> RankedContext:
         """See `KVContext.fork`."""
@@ -173,7 +180,9 @@ class RankedContext(KVContext):
         positions = self.recurrence.positions if self.ranks.leads else []
         count = int(group.broadcast(torch.tensor([-1 if fault else len(positions)])))
         if count < 0:
-            raise SessionCorruptError(fault or "the saved states do not fit the model: remove the session and read again")
+            raise SessionCorruptError(
+                fault or "the saved states do not fit the model: remove the session and read again"
+            )
         lengths = group.broadcast(torch.tensor([*positions, 0] if self.ranks.leads else [0] * (count + 1)))
         own = self.recurrence.tensors()
         states = {}

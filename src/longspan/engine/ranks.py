@@ -1,9 +1,9 @@
 """The ranks that share one engine's contexts: who leads, how tokens and queries are spread, what is told to followers.
 
-Rank 0 reads input, samples and answers. Before each piece of work on a context it tells the others, which do the same on
-their own part: their contexts are made, extended, cut, forked and restored in step with its own. Work is told in pieces
-that are done wholly or not at all (a chunk), and Ctrl-C waits for the end of one, so that ranks never stand at different
-places. It does not know what is read: `ranked_context.py` does.
+Rank 0 reads input, samples and answers. Before each piece of work on a context it tells the others, which do the same
+on their own part: their contexts are made, extended, cut, forked and restored in step with its own. Work is told in
+pieces that are done wholly or not at all (a chunk), and Ctrl-C waits for the end of one, so that ranks never stand at
+different places. It does not know what is read: `ranked_context.py` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from longspan.attention import Mechanism, parse
 from longspan.distributed.follow import Word
 from longspan.distributed.group import Group
-from longspan.distributed.shards import Shards, ShardRotary
+from longspan.distributed.shards import ShardRotary, Shards
 from longspan.errors import LongspanError, ParallelError, UsageError
 from longspan.hf.model import CausalModel
 from longspan.kv.rotary import Rotary
