@@ -1,5 +1,7 @@
 """What a decode step does with a new token, and with all keys: kernels in Triton's interpreter beside plain PyTorch."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from longspan.kernels import dense_decode
 from longspan.kernels.append import Place, reference
 from longspan.kernels.dense_decode import reference as dense_reference
 from longspan.kernels.held import PAGE, Held
+from longspan.kernels.partial_attention.reference import merge_partials
 from longspan.kv.rotary import Rotary
 
 append_kernels = pytest.importorskip("longspan.kernels.append.triton_kernels")
@@ -48,6 +51,27 @@ def test_a_new_token_is_kept_where_it_stands(lengths, rotary, norms, dtype):
             torch.testing.assert_close(
                 rotated[0][b, :, n], expected, atol=2e-3 if dtype == torch.float16 else 1e-5, rtol=0
             )
+
+
+@pytest.mark.parametrize("splits", [1, 4, None])
+def test_parts_of_a_sequence_merge_into_the_whole(splits):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 6, 16), torch.randn(2, 2, 90, 16), torch.randn(2, 2, 90, 24)
+    k[:, :, 70:], v[:, :, 70:] = float("nan"), float("nan")
+    counts = [torch.tensor([30, 0]), torch.tensor([40, 7])]
+    parts = [(Held(k[:, :, :30]), Held(v[:, :, :30])), (Held(k[:, :, 30:]), Held(v[:, :, 30:]))]
+    whole = Held(torch.cat([k[:1, :, :70], torch.nn.functional.pad(k[1:, :, 30:37], (0, 0, 0, 63))]))
+    values = Held(torch.cat([v[:1, :, :70], torch.nn.functional.pad(v[1:, :, 30:37], (0, 0, 0, 63))]))
+    wanted = dense_reference.decode(q.double(), whole, values, counts[0] + counts[1], scale=0.3)
+    for version in (
+        dense_reference.partial,
+        dense_decode.partial,
+        functools.partial(dense_kernels.partial, splits=splits),
+    ):
+        found = [version(q, *held, count, scale=0.3) for held, count in zip(parts, counts, strict=True)]
+        assert found[0][1][1].tolist() == [-float("inf")] * 6, "no keys weigh nothing"
+        out, _ = merge_partials(*(torch.stack(each) for each in zip(*found, strict=True)))
+        torch.testing.assert_close(out.double(), wanted, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[1], [63, 257], [64, 1]])

@@ -135,6 +135,11 @@ def interleaved(length: int, ranks: int, first: int = 0, block: int = 64) -> Lay
     return _layout(own)
 
 
+def held_by(rank: int, length: int, ranks: int, first: int = 0) -> Layout:
+    """Return positions that one rank holds alone: a question and its answer, say, behind a context of all."""
+    return _layout([((first, first + length),) if each == rank else () for each in range(ranks)])
+
+
 def _edges(length: int, parts: int, first: int) -> list[int]:
     """Return where `parts` runs of nearly one length begin, and where the last ends."""
     if length < 0 or parts < 1:

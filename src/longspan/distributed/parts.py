@@ -2,10 +2,10 @@
 
 On a GPU: cuDNN's or FlashAttention's kernel (`kernels/causal_attention/cuda.py`), which read a GQA group's keys once
 and give float32 log-sum-exps, but outputs in the queries' type. On a CPU: tiles of queries, so that the scores of a
-whole block are never written out. Its gradients, given the output and the log-sum-exp over ALL keys of the ring, are the block's
-share of the whole's (FlashAttention-2, arXiv 2307.08691, section 3.1): with `P = exp(S - l)` and
-`delta = sum_d dO O`, `dV = P^T dO`, `dS = P (dO V^T - delta)`, `dQ = dS K scale`, `dK = dS^T Q scale`.
-It knows no ranks and no positions.
+whole block are never written out. Its gradients, given the output and the log-sum-exp over ALL keys of the ring, are
+the block's share of the whole's (FlashAttention-2, arXiv 2307.08691, section 3.1): with `P = exp(S - l)` and `delta =
+sum_d dO O`, `dV = P^T dO`, `dS = P (dO V^T - delta)`, `dQ = dS K scale`, `dK = dS^T Q scale`. It knows no ranks and no
+positions.
 """
 
 from __future__ import annotations

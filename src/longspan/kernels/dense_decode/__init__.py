@@ -10,7 +10,7 @@ from torch import Tensor
 from longspan.kernels.dense_decode import reference
 from longspan.kernels.held import Held
 
-__all__ = ["decode", "serves"]
+__all__ = ["decode", "partial", "serves"]
 
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -34,3 +34,12 @@ def decode(q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float, per_to
 
         return triton_kernels.decode(q, k, v, lengths, scale=scale, per_token=per_token)
     return reference.decode(q, k, v, lengths, scale=scale, per_token=per_token)
+
+
+def partial(q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend to a part of each sequence, with its log-sum-exp; see `reference.partial`, without rotation."""
+    if serves(q, k, v):
+        from longspan.kernels.dense_decode import triton_kernels
+
+        return triton_kernels.partial(q, k, v, lengths, scale=scale)
+    return reference.partial(q, k, v, lengths, scale=scale)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.kernels.held import Held
 from longspan.kernels.held_triton import load_rows
+from longspan.kernels.partial_attention.reference import merge_partials
 from longspan.kernels.superlinear.triton_decode import _rotated, merge_kernel
 from longspan.kernels.tiles import roomy
 
@@ -95,6 +96,31 @@ def decode(
         splits: into how many shares keys are cut; None: as Hopper likes it.
         stages: blocks of keys that are on their way at once; None: as the chip has room for.
     """
+    part_out, part_lse = _shares(q, k, v, lengths, scale, per_token, splits, stages)
+    sequences, heads, splits, value_dim = part_out.shape
+    out = torch.empty(sequences, heads, value_dim, dtype=q.dtype, device=q.device)
+    channels, block = min(32, max(16, triton.next_power_of_2(value_dim))), triton.next_power_of_2(splits)
+    merge_kernel[(heads, triton.cdiv(value_dim, channels), sequences)](
+        part_out, part_lse, part_lse, out, out.stride(0), out.stride(1),
+        NEAR=splits, PIECES=1, SPANS=0, JOINT=True,
+        DV=value_dim, B_DV=channels, B_P=block, B_CHUNK=min(256, block), EARLY=False, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def partial(
+    q: Tensor, k: Held, v: Held, lengths: Tensor, *, scale: float, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend to a part of each sequence; see `reference.partial` without rotation, and `decode` for `splits`."""
+    out, lse = _shares(q, k, v, lengths, scale, None, splits, None)
+    return merge_partials(out.movedim(2, 0), lse.movedim(2, 0) / _LOG2E)
+
+
+def _shares(
+    q: Tensor, k: Held, v: Held, lengths: Tensor, scale: float, per_token: Tensor | None,
+    splits: int | None, stages: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the outputs of shares of keys, `[B, Hq, SPLITS, Dv]`, and their log-sum-exps in base 2."""
     sequences, heads, dim = q.shape
     group, value_dim = heads // k.heads, v.dim
     assert q.stride(-1) == 1, "channels lie together"
@@ -120,11 +146,4 @@ def decode(
         SPLITS=splits, B_N=keys, STAGES=stages, K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
-    out = torch.empty(sequences, heads, value_dim, dtype=q.dtype, device=q.device)
-    channels, block = min(32, max(16, triton.next_power_of_2(value_dim))), triton.next_power_of_2(splits)
-    merge_kernel[(heads, triton.cdiv(value_dim, channels), sequences)](
-        part_out, part_lse, part_lse, out, out.stride(0), out.stride(1),
-        NEAR=splits, PIECES=1, SPANS=0, JOINT=True,
-        DV=value_dim, B_DV=channels, B_P=block, B_CHUNK=min(256, block), EARLY=False, num_warps=4,
-    )  # fmt: skip
-    return out
+    return part_out, part_lse
