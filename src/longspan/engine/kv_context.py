@@ -426,12 +426,7 @@ class KVContext(Context):
             if self.kept.crowded(len(chunk), self._room):
                 self._repeat()
             self.kept.make_room(before, len(chunk), self._room)
-        if self._moves:
-            self._settle(len(chunk))
-        else:
-            # Checkpoints give way to pages; each layer may have to copy the page that it shares with a fork.
-            new = -(-(before + len(chunk)) // PAGE) - -(-before // PAGE) + 1
-            self.recurrence.make_room(new * sum(kv.pool.least_bytes for kv in self.layers))
+        self._make_room(len(chunk))
         state = self.recurrence.state()
         steps = self._steps() if len(chunk) == logits == 1 and mechanism is None else None
         out: Tensor | None
@@ -447,6 +442,67 @@ class KVContext(Context):
                 self.truncate(before)
             raise
         return out
+
+    def _make_room(self, count: int) -> None:
+        """Have room for so many new tokens within the budget, as far as that goes (PoolExhaustedError)."""
+        if self._moves:
+            self._settle(count)
+            return
+        # Checkpoints give way to pages; each layer may have to copy the page that it shares with a fork.
+        new = -(-(self.length + count) // PAGE) - -(-self.length // PAGE) + 1
+        self.recurrence.make_room(new * sum(kv.pool.least_bytes for kv in self.layers))
+
+    # --- one token of a batch of contexts ----------------------------------------------------------------------------
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the next token attends to every key and value that is held, as it is held, and to nothing else."""
+        return (
+            self.kept is None
+            and self.mechanism.reads_all
+            and not self.recurrence.spec
+            and not self._moves
+            and self.model.device.type == "cpu"
+            and all(
+                kv.pages.plain and kv.memory is None and not kv.blocks.kept and kv.pool.format is kv.pool.native.format
+                for kv in self.layers
+            )
+        )
+
+    def take_rows(self, tokens: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Count tokens as read, to be taken back as those of `step`, whose keys and values were computed elsewhere.
+
+        Args:
+            tokens: their ids.
+            rows: each layer's unrotated keys `[1, Hkv, T, D]` and values.
+
+        Raises:
+            PoolExhaustedError: the budget has no room for them; nothing was added.
+        """
+        try:
+            for kv, (k, v) in zip(self.layers, rows, strict=True):
+                kv.append(k, v)
+            self._count(list(tokens), {})
+        except BaseException:
+            self.undo_step()
+            raise
+
+    def begin_step(self) -> tuple[Reader, dict[str, Tensor]]:
+        """Return what reads one more token, and the recurrent state before it; `end_step` or `undo_step` must follow.
+
+        Raises:
+            PoolExhaustedError: the budget has no room for it.
+        """
+        self._make_room(1)
+        return self.answering(), dict(self.recurrence.state())
+
+    def end_step(self, token: int, state: dict[str, Tensor]) -> None:
+        """Count the token as read, and the state after it as this context's own."""
+        self._count([token], state, owned=True)
+
+    def undo_step(self) -> None:
+        """Take back what was read of a token, or of several, that were not counted."""
+        self.truncate(self.length)
 
     def _cut(self, length: int) -> None:
         super()._cut(length)

@@ -1,4 +1,4 @@
-"""One token through the layers of a plain decoder on a CPU, without transformers' modules in between.
+"""One token of each sequence through the layers of a plain decoder on a CPU, without transformers' modules in between.
 
 A decode step of a small model is hundreds of operations of a few microseconds each; modules, hooks, casts and separate
 projections cost as much as the arithmetic. Here a layer is two norms, four products and the reader:
@@ -30,7 +30,7 @@ from longspan.hf.one_token import OneTokenLinear, multiply
 from longspan.kernels.partial_attention.reference import partial_attention
 
 Product = Callable[[Tensor], Tensor]
-"""`[1, in]` to `[1, out]`, in the model's type."""
+"""`[B, in]` to `[B, out]`, in the model's type."""
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -49,14 +49,16 @@ class _Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalise float32 `[1, n]`."""
+        """Normalise float32 `[B, n]`."""
+        if x.shape[0] > 1:
+            return (x * self.weight).mul_((x.square().mean(-1, keepdim=True) + self.eps).rsqrt_())
         flat = x[0]
         # A number, not a tensor: two operations that take it are cheaper than five on tensors.
         scale = (float(torch.dot(flat, flat)) / x.shape[1] + self.eps) ** -0.5
         return (x * self.weight).mul_(scale)
 
     def heads(self, x: Tensor) -> Tensor:
-        """Normalise each of `[1, H, 1, D]` in any type."""
+        """Normalise each of `[B, H, 1, D]` in any type."""
         wide = x.float()
         return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt_() * self.weight).to(x.dtype)
 
@@ -119,16 +121,33 @@ class OneToken:
         Returns:
             float32 `[1, V]`, or None where they are not wanted or the reader had enough.
         """
-        h = self._embedding[token : token + 1].to(torch.float32, copy=True)
+        return self._run(self._embedding[token : token + 1], reader, logits=logits)
+
+    def together(self, tokens: Sequence[int], reader: Reader) -> Tensor:
+        """Run one token of each of B sequences through the layers; products read the weights once for all.
+
+        Args:
+            tokens: their ids.
+            reader: gets each layer's unrotated queries `[B, Hq, 1, D]`, keys and values `[B, Hkv, 1, D]`.
+
+        Returns:
+            float32 logits `[B, V]`.
+        """
+        out = self._run(self._embedding[torch.tensor(tokens)], reader, logits=True)
+        assert out is not None, "who reads for several sequences reads to the end"
+        return out
+
+    def _run(self, embedded: Tensor, reader: Reader, *, logits: bool) -> Tensor | None:
+        h, batch = embedded.to(torch.float32, copy=True), embedded.shape[0]
         split = [self._heads, self._kv_heads, self._kv_heads]
         try:
             for number, layer in enumerate(self._layers):
                 qkv = layer.qkv(layer.before(h).to(self._dtype))
-                q, k, v = qkv.view(1, -1, 1, self._head_dim).split_with_sizes(split, 1)
+                q, k, v = qkv.view(batch, -1, 1, self._head_dim).split_with_sizes(split, 1)
                 if layer.q_norm is not None and layer.k_norm is not None:
                     q, k = layer.q_norm.heads(q), layer.k_norm.heads(k)
                 read = reader.attend(number, q, k, v, layer.scale)
-                h += layer.out(read.reshape(1, -1))
+                h += layer.out(read.reshape(batch, -1))
                 gate, up = layer.gate_up(layer.after(h).to(self._dtype)).chunk(2, 1)
                 h += layer.down(layer.act(gate).mul_(up))
         except Enough:

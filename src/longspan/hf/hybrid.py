@@ -151,6 +151,17 @@ class Hybrid:
         self.spec = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in at_once.items()}
 
 
+def joined(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the states of B sequences as one, a row for each; all have read something."""
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+def part(together: Mapping[str, Tensor], states: Sequence[dict[str, Tensor]]) -> None:
+    """Replace each sequence's state by a copy of its row."""
+    for row, state in enumerate(states):
+        state.update({name: tensor[row : row + 1].clone() for name, tensor in together.items()})
+
+
 def free_time_steps(name: str, model: Any, config: Any) -> None:
     """Let Mamba-2 layers take time steps of any size in prefill too, as their checkpoints were trained.
 

@@ -144,6 +144,40 @@ class CausalModel:
         return out
 
     @torch.inference_mode()
+    def step(self, tokens: Sequence[int], reader: Reader, states: Sequence[dict[str, Tensor]] = ()) -> Tensor:
+        """Run one token of each of B sequences through the layers, as one batch.
+
+        Args:
+            tokens: their ids.
+            reader: gets the unrotated queries `[B, Hq, 1, D]`, keys and values `[B, Hkv, 1, D]` of each layer that
+                attends; it must not have enough before the last one.
+            states: a hybrid model's recurrent state of each sequence, replaced by that after its token where the call
+                returns; tensors are not written to. A model whose layers all attend needs none.
+
+        Returns:
+            float32 logits `[B, V]`.
+        """
+        if self.native is not None:
+            from longspan.hf.native.together import Together
+
+            together = Together(self.native, reader, states)
+            logits = self.native.step(torch.tensor(tokens, device=self.device), together)
+            together.leave(states)
+            return logits
+        if self._one_token is not None:
+            return self._one_token.together(tokens, reader)
+        given = self._inputs(tokens, reader)
+        for name in ("input_ids", "position_ids"):
+            given[name] = given[name].T  # every sequence is a row of the batch
+        if self._hybrid is not None:
+            cache = self._hybrid.cache(hybrid.joined(states))
+            given |= {"past_key_values": cache, "use_cache": True, "longspan": self._hybrid.counting(reader)}
+        out: Tensor = self.model(**given).logits[:, -1].float()
+        if self._hybrid is not None:
+            hybrid.part(self._hybrid.states(cache), states)
+        return out
+
+    @torch.inference_mode()
     def states(self, tokens: Sequence[int], reader: Reader, layer: int) -> Tensor:
         """Return the residual stream behind a layer, float32 `[T, hidden]`; layers above it are not run.
 

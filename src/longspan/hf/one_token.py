@@ -26,8 +26,8 @@ class OneTokenLinear(nn.Linear):
 
 
 def multiply(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `x W^T + b` of x `[1, in]`, `[1, out]`."""
-    if weight.dtype.itemsize != 2 or not _vectors():
+    """Return `x W^T + b` of x `[B, in]`, `[B, out]`; only one row is multiplied as a vector."""
+    if x.shape[0] > 1 or weight.dtype.itemsize != 2 or not _vectors():
         return nn.functional.linear(x, weight, bias)
     out = torch.mv(weight, x.view(-1)).unsqueeze(0)
     return out if bias is None else out + bias
