@@ -9,7 +9,7 @@ not know documents, questions or templates.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -32,6 +32,8 @@ context."""
 
 Tick = Callable[[int], None]
 """Told how many tokens were just read."""
+Most = Callable[[], int]
+"""Says how many tokens may be read together now."""
 
 
 class Layer(Protocol):
@@ -107,19 +109,37 @@ class Context(ABC):
 
     def extend(self, tokens: Sequence[int], tick: Tick = lambda _: None) -> None:
         """Read more tokens for good, in chunks; what the mechanism will never read again is dropped."""
+        for count in self.extending(tokens):
+            tick(count)
+
+    def extending(self, tokens: Sequence[int], most: Most | None = None) -> Iterator[int]:
+        """Do what `extend` does chunk by chunk: yields how many tokens each had. Those read stay if it is left.
+
+        Args:
+            tokens: to read.
+            most: asked before each chunk how many tokens it may have, for whoever has other work; None: any number.
+        """
         done = 0
         while done < len(tokens):
-            chunk = list(tokens[done : done + self._most()])
+            chunk = list(tokens[done : done + self._within(self._most(), most)])
             self._add(chunk, mechanism=self.reads_by(self.length + len(chunk)))
             self._commit()
             self._drop()
             done += len(chunk)
-            tick(len(chunk))
+            yield len(chunk)
         self._finish()
 
     def _most(self) -> int:
         """Return how many tokens the next chunk may hold: it ends where blocks and pages do, however many were read."""
         return self.recurrence.most(self.chunk - self.length % self.chunk)
+
+    def _within(self, count: int, most: Most | None) -> int:
+        """Return how many of `count` tokens are read together where only so many may be: to the end of a page."""
+        wanted = count if most is None else most()
+        if wanted >= count:
+            return count
+        whole = wanted - (self.length + wanted) % PAGE
+        return max(1, wanted if whole <= 0 else whole)
 
     def _finish(self) -> None:
         """Do what is to be done when all documents so far were read."""
@@ -128,13 +148,22 @@ class Context(ABC):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read tokens that may be taken back (`truncate`) and return float32 logits `[V]` for the next one."""
         out: Tensor | None = None
+        for _, last in self.stepping(tokens):
+            out = last
+        assert out is not None, "step() needs at least one token"
+        return out
+
+    def stepping(self, tokens: Sequence[int], most: Most | None = None) -> Iterator[tuple[int, Tensor | None]]:
+        """Do what `step` does chunk by chunk: yields how many tokens each had, and behind the last one the logits.
+
+        Arguments are those of `extending`.
+        """
         done = 0
         while done < len(tokens):
-            chunk = list(tokens[done : done + self.recurrence.most(self.chunk)])
+            chunk = list(tokens[done : done + self._within(self.recurrence.most(self.chunk), most)])
             done += len(chunk)
             out = self._add(chunk, logits=int(done == len(tokens)))
-        assert out is not None, "step() needs at least one token"
-        return out[-1]
+            yield len(chunk), None if out is None else out[-1]
 
     def score(self, tokens: Sequence[int]) -> Tensor:
         """Read tokens that may be taken back, and return the float32 logits `[T, V]` after each of them.
@@ -234,6 +263,16 @@ class Context(ABC):
                 kv.drop(start, stop)
             if start < stop:
                 self.recurrence.shrink(0)  # behind an older state, keys are missing that would be read again
+
+
+def alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common from the first on."""
+    most = min(len(first), len(second))
+    if not most or first[0] != second[0]:
+        return 0
+    if list(first[:most]) == list(second[:most]):
+        return most
+    return next(i for i in range(most) if first[i] != second[i])
 
 
 def kv_head(model: CausalModel, head: Head) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from longspan.attention.evicting import Evicting
 from longspan.attention.rebalance import FORMATS, PageMass
 from longspan.engine import compatible, memory_plan
 from longspan.engine.asked_copy import AskedCopy
-from longspan.engine.contexts import Context, Layer, Tick, kv_head, newest, paged, restore_layers
+from longspan.engine.contexts import Context, Layer, Most, Tick, alike, kv_head, newest, paged, restore_layers
 from longspan.engine.kept_layers import KeptLayers
 from longspan.engine.memory_plan import MemoryPlan
 from longspan.engine.readers import Asked, Attending
@@ -287,24 +287,28 @@ class KVContext(Context):
         else:
             self.kept.shrink(self.length, nbytes)
 
-    def extend(self, tokens: Sequence[int], tick: Tick = lambda _: None) -> None:
-        """See `Context.extend`; a question that evicted and was not taken back is read again, for good."""
+    def extending(self, tokens: Sequence[int], most: Most | None = None) -> Iterator[int]:
+        """See `Context`; a question that evicted and was not taken back is read again, for good."""
         if self._asked is not None:
             again = self.tokens[self._committed :]
             self.truncate(self._committed)
-            super().extend(again)
+            yield from super().extending(again, most)
         self.reserve(self.length + len(tokens) + AHEAD * PAGE)
-        super().extend(tokens, tick)
+        yield from super().extending(tokens, most)
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """See `Context.step`; the first tokens after documents are the question, which may evict on a copy."""
+    def stepping(self, tokens: Sequence[int], most: Most | None = None) -> Iterator[tuple[int, Tensor | None]]:
+        """See `Context`; the first tokens after documents are the question, which may evict on a copy."""
         asks = self.kept is not None and self.kept.whole and self.length == self._committed
         if self.kept is not None and asks:
             self._asked = AskedCopy(self.kept, len(tokens), self.length)
-        out = super().step(tokens)
-        if asks and self._asked is not None:
-            self._asked.evict(self.length)
-        return out
+        for count, out in super().stepping(tokens, most):
+            if out is not None and asks and self._asked is not None:
+                self._asked.evict(self.length)
+            yield count, out
+
+    def _within(self, count: int, most: Most | None) -> int:
+        # What evicts does so by chunks: what is kept must not depend on who else is served.
+        return count if self.kept is not None else super()._within(count, most)
 
     def hold(self, tokens: Sequence[int], state: Mapping[str, Tensor]) -> None:
         """Count tokens as read for good, whose keys and values the caller put into every layer's pages.
@@ -451,6 +455,30 @@ class KVContext(Context):
         # Checkpoints give way to pages; each layer may have to copy the page that it shares with a fork.
         new = -(-(self.length + count) // PAGE) - -(-self.length // PAGE) + 1
         self.recurrence.make_room(new * sum(kv.pool.least_bytes for kv in self.layers))
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether it can be cut back to any page: keys were neither dropped nor evicted, written down nor moved."""
+        native = all(kv.pool.format is kv.pool.native.format and kv.memory is None for kv in self.layers)
+        return native and self.kept is None and not self._moves and self.dropped(self.length) == (0, 0)
+
+    def common(self, tokens: Sequence[int]) -> int:
+        """Return how many of these tokens this context has read first and can be cut back to at no cost."""
+        count = alike(self.tokens, tokens)
+        if count == self.length or not count:
+            return count
+        if not self.cuttable:
+            return 0
+        if self.recurrence.spec:
+            return max((at for at in self.recurrence.positions if at <= count), default=0)
+        return count
+
+    def bytes_for(self, tokens: int) -> int:
+        """Return the bytes that so many more tokens take at most, where all of them are kept."""
+        if self._moves or self.kept is not None or self.dropped(1 << 40) != (0, 0):
+            return 0  # what is held is bounded, or finds room by itself
+        pages = -(-tokens // PAGE) + 1
+        return pages * sum(kv.pool.least_bytes for kv in self.layers) + 2 * self.recurrence.state_bytes
 
     # --- one token of a batch of contexts ----------------------------------------------------------------------------
 

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import torch
 
 from longspan import settings
-from longspan.attention import Hints, Mechanism, make, parse
+from longspan.attention import Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
-from longspan.engine import prompts, quoting, rereading, reuse, saving
+from longspan.engine import answering, prompts, quoting, rereading, reuse, saving
 from longspan.engine.choosing import Chooser, Chosen
-from longspan.engine.contexts import Context
+from longspan.engine.contexts import Context, Most
 from longspan.engine.generation import Answer, Generation, Stats, decode
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
@@ -44,6 +44,9 @@ from longspan.sessions.store import JSON, SessionStore
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many tokens are done, and how many there are."""
+
+Split = tuple[list[int], list[tuple[int, int]]]
+"""A text's tokens, and where each begins and ends in it."""
 
 COMMIT_EVERY = 30.0
 """Seconds of reading after which a session with a name is saved on the way."""
@@ -253,8 +256,14 @@ class LLM:
             session.memory = None
         session.saved_length = -1
 
-    def add_text(self, session: Session, text: str, name: str = "text") -> None:
+    def add_text(self, session: Session, text: str, name: str = "text", split: Split | None = None) -> None:
         """Add a text to a session without prefilling it yet; one that it holds already, by any name, is left out.
+
+        Args:
+            session: to add it to.
+            text: of the document.
+            name: of the document.
+            split: its tokens and where each stands (`CausalModel.tokens_with_offsets`), where they are known already.
 
         Raises:
             UsageError: a text so long that retrieval would read it, which can't keep it as was asked for.
@@ -266,7 +275,7 @@ class LLM:
             beginning = self.model.tokens(text[: _LETTERS * self.model.dimensions.window])
             if not self._fits(len(session.tokens) + len(beginning)):
                 raise UsageError(f"{name} is longer than {self.model.name}'s window, and beyond it {_INDEX_ALONE}")
-        tokens, offsets = self.model.tokens_with_offsets(text)
+        tokens, offsets = split or self.model.tokens_with_offsets(text)
         session.add_document(name, text, tokens, offsets, prompts.separator(self.model, name))
 
     def prefill(self, session: Session, progress: Progress | None = None) -> Stats:
@@ -277,41 +286,48 @@ class LLM:
         Raises:
             Cancelled: Ctrl-C; the chunks read so far stay, and another call goes on from there.
         """
-        stats = Stats()
-        done = wanted = 0
+        stats, done, wanted = Stats(), 0, 0
         started = time.perf_counter()
-        pace = saving.Pace(COMMIT_EVERY)
+        try:
+            for done, wanted in self.prefilling(session, stats, progress):
+                if progress:
+                    progress("reading", done, wanted)
+        except KeyboardInterrupt as error:
+            raise Cancelled(f"stopped after {done} of {wanted} tokens: what was read is kept") from error
+        finally:
+            stats.read_seconds = time.perf_counter() - started
+        return stats
 
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
+    def prefilling(
+        self, session: Session, stats: Stats, progress: Progress | None = None, most: Most | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Do what `prefill` does chunk by chunk: yields how many tokens are read, and how many there will be.
+
+        Args:
+            session: what it has not read yet is read.
+            stats: filled on the way.
+            progress: told what is done before reading.
+            most: see `Context.extending`.
+        """
+        pace = saving.Pace(COMMIT_EVERY)
+        context = self._memory(session, self.mechanism_for(session), progress)
+        tokens = self._context_tokens(session, context)
+        if self.reuse and context.length == 0:
+            reuse.begin(self.store, self._identity(), context, tokens)
+        wanted = len(tokens)
+        stats.cached_tokens = stats.prompt_tokens = context.length
+        if context.length < wanted:
+            yield context.length, wanted
+        for count in context.extending(tokens[context.length :], most):
             stats.read_tokens += count
-            if progress and count:
-                progress("reading", done, wanted)
-            if session.name is not None and done < wanted and pace.due():
+            stats.prompt_tokens = context.length
+            yield context.length, wanted
+            if session.name is not None and context.length < wanted and pace.due():
                 try:
                     pace.commit(lambda: self.save(session))
                 except SaveError as error:  # told again, and raised, when all is read and saved
                     self._say(str(error))
                     pace.seconds = float("inf")
-
-        try:
-            context = self._memory(session, self.mechanism_for(session), progress)
-            tokens = self._context_tokens(session, context)
-            if self.reuse and context.length == 0:
-                reuse.begin(self.store, self._identity(), context, tokens)
-            done, wanted = context.length, len(tokens)
-            stats.cached_tokens = context.length
-            if progress and done < wanted:
-                progress("reading", done, wanted)
-            started = time.perf_counter()
-            context.extend(tokens[context.length :], tick)
-        except KeyboardInterrupt as error:
-            raise Cancelled(f"stopped after {done} of {wanted} tokens: what was read is kept") from error
-        finally:
-            stats.read_seconds = time.perf_counter() - started
-        stats.prompt_tokens = context.length
-        return stats
 
     def mechanism_for(self, session: Session) -> Mechanism:
         """Return the mechanism for this session's documents."""
@@ -377,7 +393,7 @@ class LLM:
         session = session if session is not None else Session()
         params = params or SamplingParams(**sampling)
         self._check_question(question, bool(session.documents))
-        mechanism = self.mechanism_for(session) if session.documents else self._without_documents()
+        mechanism = self.mechanism_for(session) if session.documents else self.without_documents()
         answer = Answer("", [], Stats(), "", mechanism.describe(), self.model.name)
         answer.notes += self.model.trained.lacks(mechanism, self.model.name)
         return Generation(answer, self._answer(question, session, params, answer, progress, remember, started))
@@ -393,14 +409,14 @@ class LLM:
             heads: RetrievalHeads | None = self.heads()
         else:
             count, reach, lexical = max(_CITED, mechanism.wanted_pages), 1, True
-            heads = self._heads_or_none()
+            heads = self.heads_or_none()
         chosen = self._chooser.choose(question, session, heads, count=count, reach=reach, lexical=lexical)
         if not isinstance(mechanism, Retrieval):
             # A mechanism may want many pages; a person wants few passages.
             del chosen.citations[_CITED:]
         return chosen
 
-    def _heads_or_none(self) -> RetrievalHeads | None:
+    def heads_or_none(self) -> RetrievalHeads | None:
         """Return the retrieval heads, or None for a model in which none are found: words alone then choose."""
         if self._headless:
             return None
@@ -421,38 +437,19 @@ class LLM:
         started: float,
     ) -> Iterator[str]:
         if not session.documents:
-            plain = (prompts.plain(self.model, question, turns) for turns in rereading.shorter(session.turns))
-            prompt = rereading.fitting(self.model, plain)
-            yield from self._write(KVContext(self.model, self._without_documents()), prompt, params, answer, started)
+            prompted = answering.without_documents(self.model, self.without_documents(), question, session.turns)
+            yield from self._write(prompted, params, answer, started)
         else:
             answer.stats.cached_tokens = self.prefill(session, progress).cached_tokens
-            context: Context = session.memory
             chosen = self.choose(question, session)
+            prompted = answering.about_documents(self.model, session, chosen, question, session.turns)
             answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
-            best = chosen.clear(session, quoting.MOST, question)
-            if isinstance(context, IndexContext):
-                wanted = context.wanted
-                prompt, answer.read_again = rereading.prompt_again(self.model, wanted, session, chosen, question)
-                scratch = KVContext(self.model, make("dense"))
-                yield from self._write(scratch, prompt, params, answer, started, context.length)
-                if wanted.focus:
-                    best = answer.read_again
-            else:
-                assert isinstance(context, KVContext), "a context is an index or a KV context"
-                context.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
-                try:
-                    suffix = rereading.fitting(
-                        self.model,
-                        (
-                            prompts.after_documents(self.model, question, turns)
-                            for turns in rereading.shorter(session.turns)
-                        ),
-                    )
-                    yield from self._write(context, suffix, params, answer, started, context.length)
-                finally:
-                    context.hints = Hints()
-            if self._quotes(context) and not params.stop:  # nothing may follow where the caller said where to stop
-                answer.quote, note = quoting.quotation(question, answer, best)
+            answer.read_again = prompted.read_again
+            yield from self._write(prompted, params, answer, started)
+            if (
+                self._quotes(session.memory) and not params.stop
+            ):  # nothing may follow where the caller said where to stop
+                answer.quote, note = quoting.quotation(question, answer, prompted.best)
                 if answer.quote:
                     answer.text += answer.quote
                     answer.notes.append(note)
@@ -461,29 +458,18 @@ class LLM:
             session.turns.append(Turn(question, answer.text.strip()))
 
     def _write(
-        self,
-        context: KVContext,
-        prompt: list[int],
-        params: SamplingParams,
-        answer: Answer,
-        started: float,
-        remembered: int = 0,
+        self, prompted: answering.Prompted, params: SamplingParams, answer: Answer, started: float
     ) -> Iterator[str]:
         """Read a prompt after a context, write the answer, and take both back."""
-        before, stats = context.length, answer.stats
-        taken = context.window_taken
-        room = self.model.dimensions.window - len(prompt) - taken
-        if room < 1 and taken:
-            answer.notes.append("the context is longer than the window the model was trained on: expect nonsense")
-            room = params.max_tokens
-        try:
+        stats = answer.stats
+        room, note = prompted.room(params.max_tokens)
+        answer.notes += note
+        with prompted as context:
             since = time.perf_counter()
-            logits = context.step(prompt)
-            stats.read_tokens, stats.read_seconds = len(prompt), time.perf_counter() - since
-            stats.prompt_tokens = remembered + len(prompt)
+            logits = context.step(prompted.tokens)
+            stats.read_tokens, stats.read_seconds = len(prompted.tokens), time.perf_counter() - since
+            stats.prompt_tokens = prompted.remembered + len(prompted.tokens)
             yield from decode(self.model, logits, context.step, params, answer, started, room)
-        finally:
-            context.truncate(before)
 
     # --- parts ------------------------------------------------------------------------------------------------
 
@@ -492,7 +478,7 @@ class LLM:
         mechanism = context_mechanism(context)
         return self.quote and (mechanism.quote if isinstance(mechanism, Retrieval) else True)
 
-    def _without_documents(self) -> Mechanism:
+    def without_documents(self) -> Mechanism:
         """Return the mechanism for a conversation without documents: retrieval has nothing to choose from there."""
         named = self.attention
         return make("dense") if named is None or isinstance(named, Retrieval) else named

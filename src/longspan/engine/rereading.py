@@ -19,7 +19,7 @@ ANSWER_ROOM = 256
 
 
 def prompt_again(
-    model: CausalModel, mechanism: Retrieval, session: Session, chosen: Chosen, question: str
+    model: CausalModel, mechanism: Retrieval, session: Session, chosen: Chosen, question: str, turns: Sequence[Turn]
 ) -> tuple[list[int], list[str]]:
     """Return the prompt that reads what was chosen again, and the texts that it reads, best first.
 
@@ -32,13 +32,13 @@ def prompt_again(
     else:
         best = [citation.text for citation in chosen.citations]
         over = prompts.over_passages
-    recent = session.turns[-2:]
+    recent = turns[-2:]
 
     def options() -> Iterator[tuple[list[int], list[str]]]:
         # The best is read last, next to the question.
         for count in range(len(best), 0, -1):
-            for turns in shorter(recent):
-                yield over(model, best[:count][::-1], question, turns), best[:count]
+            for told in shorter(recent):
+                yield over(model, best[:count][::-1], question, told), best[:count]
         # A window too small for one passage gets as much of it as fits.
         for share in (2, 4, 8):
             cut = [text[: len(text) // share] for text in best[:1]]

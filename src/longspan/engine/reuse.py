@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longspan.engine import saving
-from longspan.engine.contexts import Context
+from longspan.engine.contexts import Context, alike
 from longspan.errors import LongspanError
 from longspan.kv.base import PAGE
 from longspan.sessions.session import Session
@@ -56,7 +56,7 @@ def _take(saved: SavedSession, context: Context, tokens: Sequence[int]) -> int:
     memory = state["memory"]
     length, partly = int(memory["length"]), bool(memory.get("partly"))
     read = saving.tokens_read(Session.from_saved(saved), context, length)
-    common = _alike(read, tokens)
+    common = alike(read, tokens)
     if common < length:
         common = common // PAGE * PAGE if partly and common * _SHARE >= length else 0
     if common:
@@ -64,11 +64,3 @@ def _take(saved: SavedSession, context: Context, tokens: Sequence[int]) -> int:
         if common < length:
             context.truncate(common)
     return common
-
-
-def _alike(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common from the first on."""
-    most = min(len(first), len(second))
-    if list(first[:most]) == list(second[:most]):
-        return most
-    return next(i for i in range(most) if first[i] != second[i])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class SamplingParams:
     def looks_back(self) -> bool:
         """Whether what was said before changes what is likely."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def another(self, number: int) -> SamplingParams:
+        """Return these for another answer to the same: with a seed of its own, where one is given."""
+        return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**63)
 
     def _whole(self, name: str, low: int, high: float, allowed: str) -> None:
         value: object = getattr(self, name)

@@ -152,8 +152,7 @@ def _partly(memory: Context) -> bool:
     if isinstance(memory, IndexContext):
         return memory.dropped(memory.length) == (0, 0)
     assert isinstance(memory, KVContext), "a context is an index or a KV context"
-    native = all(kv.pool.format is kv.pool.native.format and kv.memory is None for kv in memory.layers)
-    return native and memory.kept is None and not memory.budget.limited and memory.dropped(memory.length) == (0, 0)
+    return memory.cuttable and not memory.budget.limited
 
 
 def restore_memory(session: Session, saved: SavedSession, make_context: Callable[[Mechanism], Context]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -242,12 +242,9 @@ class CausalModel:
             found.update([ends] if isinstance(ends, int) else ends or [])
         return frozenset(found)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return a conversation as text in the model's own chat template, ready for its answer.
-
-        A model without a template gets plain paragraphs that end in `Answer:`.
-        """
-        return chat_of(self.tokenizer, messages)
+    def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Return a conversation as text in the model's own chat template, ready for its answer; see `chat_of`."""
+        return chat_of(self.tokenizer, messages, tools)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -184,6 +184,14 @@ class PagePool:
         """The planes of copies below the device, by number, in whichever tier."""
         return self._below
 
+    def census(self) -> dict[tuple[str, str], int]:
+        """Return how many pages are held, by tier (`device`, `host`, `disk`) and format."""
+        found = {("device", plane.format.name): plane.slots - len(plane.free_slots) for plane in self._planes}
+        for below in self._below:
+            place = below.tier, below.format.name
+            found[place] = found.get(place, 0) + below.slots - len(below.free_slots)
+        return {place: count for place, count in found.items() if count}
+
     def plane(self, spec: str) -> PagePlane:
         """Return the plane of a format, made on first use (UnknownNameError, UsageError: see `formats.format_of`).
 

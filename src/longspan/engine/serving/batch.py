@@ -72,11 +72,9 @@ class Batch:
         start = 0
         for stack in stacks:
             stop = start + len(stack.contexts)
-            for slot, error in stack.end(read[start:stop]):
-                failed[order[start + slot]] = error
+            failed |= {order[start + slot]: lack for slot, lack in stack.end(read[start:stop])}
             start = stop
-        for row, error in apart.end(read[start:]).items():
-            failed[singles[row]] = error
+        failed |= {singles[row]: lack for row, lack in apart.end(read[start:]).items()}
         if order == list(range(len(contexts))):
             return rows, failed
         logits = rows.new_empty(len(contexts), rows.shape[1])
@@ -179,8 +177,7 @@ class _Together:
         others = q.shape[0] - sum(self._sizes)
         if len(self._steps) == 1 and not others:
             return self._steps[0].attend(layer, q, k, v, scale)
-        parts = list(zip(*(x.split([*self._sizes, others]) for x in (q, k, v)), strict=True))
-        outs = [step.attend(layer, *part, scale) for step, part in zip(self._steps, parts[:-1], strict=True)]
-        if others:
-            outs.append(self._apart.attend(layer, *parts[-1], scale))
-        return torch.cat(outs)
+        sizes = [*self._sizes, others] if others else self._sizes
+        readers: list[Reader] = [*self._steps, self._apart] if others else [*self._steps]
+        parts = zip(readers, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return torch.cat([reader.attend(layer, qs, ks, vs, scale) for reader, qs, ks, vs in parts])

@@ -1,4 +1,4 @@
-"""One request on its way: what it reads, then the tokens of its answers, one after another.
+"""One request on its way: what it reads, chunk by chunk, and the answers that are written after it.
 
 It does not know other requests, nor when it is its turn: the scheduler does.
 """
@@ -6,177 +6,277 @@ It does not know other requests, nor when it is its turn: the scheduler does.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longspan.attention import Hints
-from longspan.engine import prompts, rereading
-from longspan.engine.contexts import Context
-from longspan.engine.generation import Citation
+from longspan.engine import answering
+from longspan.engine.answering import Prompted
+from longspan.engine.choosing import Chosen
+from longspan.engine.contexts import Most
+from longspan.engine.generation import Citation, Stats
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
-from longspan.engine.sampler import Sampler
-from longspan.engine.serving.events import Delta, Done, Event, Progress, PromptRead, TokenLogprob, Usage
+from longspan.engine.serving.cached import Cached
+from longspan.engine.serving.choice import Choice, told
+from longspan.engine.serving.events import Delta, Done, Progress, PromptRead, TokenLogprob, Usage
 from longspan.engine.serving.handle import Handle
 from longspan.engine.serving.metrics import Metrics
+from longspan.engine.serving.prepared import Prepared, prompt_of, question_of
 from longspan.engine.serving.requests import Request
-from longspan.engine.stops import TextStream
-from longspan.errors import UsageError
+from longspan.errors import ContextTooLongError, LongspanError, UsageError
 from longspan.sessions.session import Session, Turn
 
 if TYPE_CHECKING:
     from longspan.engine.llm import LLM
 
+_TELL = 0.1
+"""Seconds between two events that say how far reading is."""
+_SCORED = 64
+"""Tokens of a prompt whose logits are held together."""
+
 
 class Job:
-    """A request, who is told of it, and whether it was stopped."""
+    """A request, what is known of it by now, and who is told."""
 
-    def __init__(self, request: Request) -> None:
-        """Note when it came."""
+    def __init__(self, request: Request, metrics: Metrics, changed: Callable[[], None]) -> None:
+        """Note when it came; `changed` wakes the engine when it is cancelled."""
         self.request, self.submitted, self.cancelled = request, time.perf_counter(), False
         self.handle = Handle(self.cancel, request.n)
+        self.prepared: Prepared | None = None
+        self.choices: list[Choice] = []
+        """Answers that are being written."""
+        self.changed_session = False
+        """Whether the session is another than before."""
+        self.left = 0
+        """Tokens that are still to be read, as far as they are known."""
+        self.needs = 0
+        """Bytes that its contexts may take, once it was admitted."""
+        self.refused: LongspanError | None = None
+        """Why it can't be worked on, though it was its turn."""
+        self.last = 0.0
+        """When its answers' last tokens came."""
+        self._metrics, self._changed = metrics, changed
+        self._session = Session()
+        self._prompted: Prompted | None = None
+        self._keep: KVContext | None = None
+        self._citations: tuple[Citation, ...] = ()
+        self._notes: tuple[str, ...] = ()
+        self._question = ""
+        self._read = self._cached = 0
+        self._first = self._told = 0.0
+        self._open = set(range(request.n))
+
+    @property
+    def key(self) -> str:
+        """See `queueing.Queued`."""
+        return self.request.key
+
+    @property
+    def priority(self) -> int:
+        """See `queueing.Queued`."""
+        return self.request.priority
+
+    @property
+    def session(self) -> str | None:
+        """See `queueing.Queued`."""
+        return self.request.session
+
+    @property
+    def contexts(self) -> list[KVContext]:
+        """Contexts that hold pages for this request."""
+        held = [choice.context for choice in self.choices]
+        if not held and self._prompted is not None:
+            held = [self._prompted.context]
+        if not held and isinstance(self._session.memory, KVContext):
+            held = [self._session.memory]
+        return held
 
     def cancel(self) -> None:
         """Ask the engine to stop it at the next chunk or token."""
         self.cancelled = True
+        self._changed()
 
-    def events(self, llm: LLM, session: Session, metrics: Metrics) -> Generator[Event, None, None]:
-        """Read and write; between two events it may be left, and closing it takes back what was not to stay."""
-        request = self.request
-        for name, text in request.documents:
-            llm.add_text(session, text, name)
-        cached = 0
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def reading(self, llm: LLM, session: Session | None, cached: Cached, most: Most) -> Iterator[int]:
+        """Read chunk by chunk: yields how many tokens each had; at the end `choices` have their first token.
+
+        Args:
+            llm: who reads.
+            session: the one that is named; None: the documents are this request's own.
+            cached: contexts that may be gone on from.
+            most: how many tokens a chunk may have.
+        """
+        assert self.prepared is not None, "texts are tokens by now"
+        if session is not None:
+            self._session = session
+        for name, text, split in self.prepared.documents:
+            before = len(self._session.documents)
+            llm.add_text(self._session, text, name, split)
+            self.changed_session |= len(self._session.documents) > before
+        if self._session.documents:
+            stats, before = Stats(), 0
+            for done, total in llm.prefilling(self._session, stats, most=most):
+                self._tell(done, total)
+                if done > before:
+                    yield stats.read_tokens - before
+                before, self.left = stats.read_tokens, total - done
+            self._cached, self._read = stats.cached_tokens, stats.prompt_tokens
+            self.changed_session |= stats.read_tokens > 0
+        if not self.request.reads_only:
+            yield from self._read_prompt(llm, cached, most)
+
+    def _read_prompt(self, llm: LLM, cached: Cached, most: Most) -> Iterator[int]:
+        prompted = self._prompt(llm, cached)
+        request, model, tokens = self.request, llm.model, prompted.tokens
+        total = prompted.remembered + len(tokens)
+        room, notes = prompted.room(request.params.max_tokens)
+        if room < 1 or (notes and not self._session.documents):
+            raise ContextTooLongError(
+                f"the prompt has {total} tokens, and {model.name}'s window holds {model.dimensions.window}, the "
+                "answer's among them: shorten it, or give the long part as a document"
+            )
+        self._prompted, self._notes = prompted, tuple(notes)
+        context = prompted.__enter__()
+        if self._keep is not None:
+            self._cached = prompted.remembered
+        first: Tensor | None = None
+        self.left = len(tokens)
+        if request.prompt_logprobs is not None:
+            scored: list[TokenLogprob] = []
+            while self.left:
+                piece = tokens[len(tokens) - self.left :][:_SCORED]
+                rows = context.score(piece)
+                before = rows[:-1] if first is None else torch.cat([first.unsqueeze(0), rows[:-1]])
+                scored += told(before, piece[len(piece) - len(before) :], request.prompt_logprobs)
+                first, self.left = rows[-1], self.left - len(piece)
+                yield len(piece)
+            self.handle.put(PromptRead(tuple(tokens), tuple(scored)))
+        else:
+            for count, out in context.stepping(tokens, most):
+                first = out
+                self.left -= count
+                self._tell(total - self.left, total)
+                yield count
+        assert first is not None, "a prompt has tokens"
+        self._read = total
+        self._metrics.prompt_tokens += total
+        self._metrics.cached_tokens += self._cached
+        self._metrics.prefix_hits += bool(self._cached)
+        self._begin(llm, context, first, room)
+
+    def _prompt(self, llm: LLM, cached: Cached) -> Prompted:
+        """Return what is read after which context."""
+        request, model, session = self.request, llm.model, self._session
+        assert self.prepared is not None, "texts are tokens by now"
         if session.documents:
-            cached = llm.prefill(session).cached_tokens
-            yield Progress(session.memory.length, session.memory.length)
-        if request.reads_only:
-            usage = Usage(session.memory.length, cached)
-            for index in range(request.n):
-                yield Done(index, "read", usage)
-            return
-        context, prompt, citations = self._prompt(llm, session)
-        before, hints = context.length, context.hints
-        try:
             if request.prompt_logprobs is not None:
-                rows = context.score(prompt)
-                told = logprobs(rows[:-1], prompt[1:], request.prompt_logprobs)
-                yield PromptRead(tuple(prompt), tuple(told))
-                first = rows[-1]
+                raise UsageError("a question about documents has no prompt of its own whose logprobs could be told")
+            self._question, turns = question_of(request, session.turns)
+            memory = session.memory
+            if request.citations or isinstance(memory, IndexContext) or memory.mechanism.wanted_pages:
+                chosen = llm.choose(self._question, session)
             else:
-                first = context.step(prompt)
-            read = context.length
-            yield Progress(read, read)
-            for index in range(request.n):
-                yield from self._write(llm, context, first, index, read, cached, citations, session, metrics)
-                context.truncate(read)
-        finally:
-            context.truncate(before)
-            context.hints = Hints() if hints.chosen_pages else hints
+                chosen = Chosen([], [], [])
+            self._citations = tuple(chosen.citations) if request.citations else ()
+            return answering.about_documents(model, session, chosen, self._question, turns)
+        tokens = self.prepared.prompt or prompt_of(model, request)
+        mechanism = llm.without_documents()
+        if session.turns and request.messages is not None and request.session is not None:
+            self._question, turns = question_of(request, session.turns)
+            tokens = answering.without_documents(model, mechanism, self._question, turns).tokens
+        elif request.remember and request.messages is not None:
+            self._question = question_of(request, ())[0]
+        fresh = llm.new_context(mechanism)
+        assert isinstance(fresh, KVContext), "what has no documents keeps its keys"
+        context = fresh if request.prompt_logprobs is not None else cached.begin(fresh, tokens)
+        self._keep = context
+        return Prompted(context, tokens[context.length :], context.length)
 
-    def _prompt(self, llm: LLM, session: Session) -> tuple[KVContext, list[int], tuple[Citation, ...]]:
-        request, model = self.request, llm.model
-        if not session.documents:
-            context = llm.new_context(llm._without_documents())
-            assert isinstance(context, KVContext), "what has no documents keeps its keys"
-            if request.messages is not None:
-                return context, model.tokens(model.chat([dict(m) for m in request.messages])), ()
-            return context, list(request.tokens or model.tokens(request.text or "")), ()
-        question, turns = question_of(request, session.turns)
-        chosen = llm.choose(question, session)
-        memory: Context = session.memory
-        if isinstance(memory, IndexContext):
-            prompt, _ = rereading.prompt_again(model, memory.wanted, session, chosen, question)
-            scratch = llm.new_context(llm._without_documents())
-            assert isinstance(scratch, KVContext), "what is read again keeps its keys"
-            return scratch, prompt, tuple(chosen.citations)
-        assert isinstance(memory, KVContext), "a context is an index or a KV context"
-        memory.hints = Hints(chosen_pages=tuple(choice.page for choice in chosen.pages))
-        options = (prompts.after_documents(model, question, some) for some in rereading.shorter(turns))
-        return memory, rereading.fitting(model, options), tuple(chosen.citations)
+    def _begin(self, llm: LLM, context: KVContext, first: Tensor, room: int) -> None:
+        """Give every choice a context of its own and its first token; pages of the prompt are shared."""
+        request = self.request
+        contexts = [context]
+        try:
+            while len(contexts) < request.n:
+                contexts.append(context.fork())
+        except BaseException:
+            for other in contexts[1:]:
+                other.free()
+            raise
+        now = time.perf_counter()
+        self._first, self.last = now - self.submitted, now
+        self._metrics.first_token.observe(self._first)
+        for index, each in enumerate(contexts):
+            params = request.params if not index else request.params.another(index)
+            limit = None if request.constraint is None else request.constraint()
+            self.choices.append(Choice(llm.model, each, index, params, room, request.logprobs, limit))
+        for choice in self.choices:
+            self.write(choice, *choice.draw(first))
 
-    def _write(
-        self,
-        llm: LLM,
-        context: KVContext,
-        logits: Tensor,
-        index: int,
-        read: int,
-        cached: int,
-        citations: tuple[Citation, ...],
-        session: Session,
-        metrics: Metrics,
-    ) -> Iterator[Event]:
-        request, params, model = self.request, self.request.params, llm.model
-        sampler, stream = Sampler(params, logits.device), TextStream(model.decode, params.stop)
-        constraint = None if request.constraint is None else request.constraint()
-        said: list[int] = []
-        reason, first, text = "length", 0.0, ""
-        while len(said) < params.max_tokens:
-            history = torch.tensor(said, device=logits.device) if said and params.looks_back else None
-            token = sampler(logits, history, None if constraint is None else constraint.allowed())
-            if not said:
-                first = time.perf_counter() - self.submitted
-                metrics.first_token.observe(first)
-            if token in model.end_tokens:
-                reason = "stop"
-                break
-            if constraint is not None:
-                constraint.accept(token)
-            told = () if request.logprobs is None else tuple(logprobs(logits[None], [token], request.logprobs))
-            said.append(token)
-            metrics.written_tokens += 1
-            piece = stream.push(token)
-            text += piece
-            yield Delta(index, piece, (token,), told)
-            if stream.stopped is not None:
-                break
-            if len(said) < params.max_tokens:
-                logits = context.step([token])
-        rest = stream.finish()
-        if rest:
-            yield Delta(index, rest)
-        if stream.stopped is not None:
-            reason = "stop"
-        if request.remember and index == 0 and request.messages is not None:
-            session.turns.append(Turn(question_of(request, ())[0], (text + rest).strip()))
-        yield Done(index, reason, Usage(read, cached, len(said), first), citations, stream.stopped)
+    def _tell(self, read: int, total: int) -> None:
+        now = time.perf_counter()
+        if read == total or now - self._told > _TELL:
+            self._told = now
+            self.handle.put(Progress(read, total))
 
+    # --- writing -----------------------------------------------------------------------------------------------------
 
-def question_of(request: Request, turns: Sequence[Turn]) -> tuple[str, Sequence[Turn]]:
-    """Return what is asked of documents, and the conversation before it: the request's own, or else the session's."""
-    if request.messages is None:
-        if request.text is None:
-            raise UsageError("token ids can't ask about documents: give messages or a text")
-        return request.text, turns
-    told = [(str(m.get("role")), _words(m)) for m in request.messages]
-    if told[-1][0] != "user":
-        raise UsageError(f"the last message is of the role {told[-1][0]!r}: what asks about documents is the user's")
-    system = [words for role, words in told if role in ("system", "developer")]
-    own: list[Turn] = []
-    asked: str | None = None
-    for role, words in told[:-1]:
-        if role == "user":
-            asked = words
-        elif role == "assistant" and asked is not None:
-            own.append(Turn(asked, words))
-            asked = None
-    return "\n\n".join([*system, told[-1][1]]), own or turns
+    def write(self, choice: Choice, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """Add a token to an answer, and tell it."""
+        piece = choice.take(token)
+        if piece is not None:
+            self._metrics.written_tokens += 1
+            self.handle.put(Delta(choice.index, piece, (token,), logprobs))
+        if choice.reason is not None:
+            rest = choice.finish()
+            if rest:
+                self.handle.put(Delta(choice.index, rest))
+            self._done(choice)
 
+    def _done(self, choice: Choice) -> None:
+        reason = choice.reason or "cancelled"
+        self._count(reason)
+        self._open.discard(choice.index)
+        if choice.index == 0 and self.request.remember and self._question and reason != "cancelled":
+            self._session.turns.append(Turn(self._question, choice.text.strip()))
+            self.changed_session = True
+        usage = Usage(self._read, self._cached, len(choice.tokens), self._first)
+        self.handle.put(Done(choice.index, reason, usage, self._citations, choice.stopped_by, self._notes))
 
-def _words(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise UsageError("a message about documents must have a text as its content")
-    return content
+    # --- the end -----------------------------------------------------------------------------------------------------
 
+    def close(self, cached: Cached) -> None:
+        """Take back what was read for the answers alone; contexts that are kept for others are whole by now."""
+        for choice in self.choices[1:]:
+            choice.context.free()
+        self.choices = []
+        prompted, self._prompted = self._prompted, None
+        if prompted is None:
+            return
+        if self._keep is not None:
+            prompted.context.hints = type(prompted.hints)()
+            cached.keep(self._keep)
+            self._keep = None
+        else:
+            prompted.__exit__(None, None, None)
 
-def logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> Iterator[TokenLogprob]:
-    """Return how likely tokens were by float32 logits `[T, V]`, and the `count` likeliest beside each."""
-    rows = logits.log_softmax(-1)
-    own = rows.gather(1, torch.tensor([list(tokens)], device=rows.device).T)[:, 0].tolist()
-    values, ids = (x.tolist() for x in rows.topk(count)) if count else ([[]] * len(tokens), [[]] * len(tokens))
-    for token, mine, each, likely in zip(tokens, own, ids, values, strict=True):
-        yield TokenLogprob(token, mine, tuple(zip(each, likely, strict=True)))
+    def end(self) -> None:
+        """Tell that choices which were not told to have ended have."""
+        reason = "read" if self.request.reads_only and not self.cancelled else "cancelled"
+        for index in sorted(self._open):
+            self._count(reason)
+            self.handle.put(Done(index, reason, Usage(self._read, self._cached), notes=self._notes))
+        self._open.clear()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell what went wrong."""
+        self._open.clear()
+        self._count("error")
+        self.handle.put(error)
+
+    def _count(self, reason: str) -> None:
+        self._metrics.finished[reason] = self._metrics.finished.get(reason, 0) + 1

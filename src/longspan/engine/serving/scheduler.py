@@ -1,24 +1,25 @@
-"""Who is served when: one thread that owns the model, requests that come from any other, and events that go back.
+"""Serving many requests on one model: one thread that owns it, requests from any other, events that go back.
 
-It does not know HTTP, nor how a request is worked on (`job.py`).
+The thread goes round: what came in and what was cancelled, who may begin, one chunk of reading, one step of decode for
+all answers that are being written. Texts become tokens, and sessions are saved, on threads beside it. It does not know
+HTTP, how a request is worked on (`job.py`), whose turn it is (`queueing.py`), or how a step is made (`batch.py`).
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from longspan.engine.serving.events import Done, Usage
 from longspan.engine.serving.handle import Handle
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.metrics import Metrics
+from longspan.engine.serving.prepared import prepare
 from longspan.engine.serving.requests import Limits, Request
-from longspan.errors import BusyError, EngineError, LongspanError, UsageError
+from longspan.engine.serving.rounds import Call, Rounds
+from longspan.errors import BusyError, LongspanError, UsageError
 from longspan.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -28,49 +29,60 @@ _T = TypeVar("_T")
 
 
 class Scheduler:
-    """Serves requests on one model. `submit`, `run` and `metrics` may be called from any thread."""
+    """Serves requests on one model. Its methods may be called from any thread."""
 
     def __init__(self, llm: LLM, *, limits: Limits | None = None) -> None:
         """Take the model, which nobody else may use while this is started."""
         self.llm, self.limits = llm, limits or Limits()
         self._there = threading.Condition()
-        self._waiting: deque[Job | Callable[[], None]] = deque()
-        self._running: Job | None = None
+        self._came: list[Job | Call] = []
+        self._known: set[Job] = set()
+        """Every request that has not ended."""
+        self._waiting = 0
+        """Those of them of which nothing was read yet."""
         self._metrics = Metrics()
-        self._sessions: dict[str, Session] = {}
+        self._rounds = Rounds(llm, self.limits, self._metrics, self._ended, self._wake)
+        self._beside: ThreadPoolExecutor | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
-
-    # --- from any thread -------------------------------------------------------------------------------------------
+        self.ready = False
+        """Whether the engine has begun to serve."""
 
     def start(self) -> None:
         """Begin to serve."""
         assert self._thread is None, "started already"
+        self._beside = ThreadPoolExecutor(1, "longspan-texts")
         self._thread = threading.Thread(target=self._serve, name="longspan-engine", daemon=True)
+        with self._there:
+            self._closing = False
+            waiting = [job for job in self._known if job.prepared is None]
+        for job in waiting:
+            self._prepare(job)
         self._thread.start()
 
-    def close(self, save: bool = True, timeout: float | None = None) -> None:
+    def close(self, save: bool = True, timeout: float = 0.0) -> None:
         """Stop: what waits and what is under way ends as `cancelled`, and sessions with a name are saved.
 
         Args:
-            save: whether they are saved.
-            timeout: seconds in which requests under way may finish first; None: they are cancelled now.
+            save: whether sessions are saved that changed since they last were.
+            timeout: seconds in which requests may end by themselves first.
         """
-        until = time.perf_counter() + (timeout or 0.0)
-        while timeout and time.perf_counter() < until and (self._waiting or self._running):
-            time.sleep(0.01)
         with self._there:
             self._closing = True
-            for each in [*self._waiting, self._running]:
-                if isinstance(each, Job):
-                    each.cancel()
-            self._there.notify()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if save:
-            for session in self._sessions.values():
-                self.llm.save(session)
+            self._there.wait_for(lambda: not self._known, timeout)
+            for job in self._known:
+                job.cancelled = True
+            self._there.notify_all()
+        if self._thread is None:
+            for job in list(self._known):
+                job.end()
+            return
+        self._thread.join()
+        self._thread = None
+        if self._beside is not None:
+            self._beside.shutdown()
+        self._rounds.close(save=save)
+        self.ready = False
 
     def submit(self, request: Request) -> Handle:
         """Queue a request and return at once.
@@ -79,27 +91,32 @@ class Scheduler:
             BusyError: as many wait as the limits allow; `retry_after` says in how many seconds to ask again.
             UsageError: it asks for more than the limits allow.
         """
-        if request.n > self.limits.choices:
-            raise UsageError(f"n is {request.n}: at most {self.limits.choices} answers are given to a request")
-        most = self.limits.answer_tokens
-        if most is not None and request.params.max_tokens > most:
-            raise UsageError(f"max_tokens is {request.params.max_tokens}: at most {most} are written here")
-        job = Job(request)
+        limits = self.limits
+        if request.n > min(limits.choices, limits.sequences):
+            most = min(limits.choices, limits.sequences)
+            raise UsageError(f"n is {request.n}: at most {most} answers are given to a request here")
+        if limits.answer_tokens is not None and request.params.max_tokens > limits.answer_tokens:
+            raise UsageError(
+                f"max_tokens is {request.params.max_tokens}: at most {limits.answer_tokens} are written here"
+            )
+        job = Job(request, self._metrics, self._wake)
         with self._there:
             if self._closing:
-                raise BusyError("the server is shutting down: ask again later", 5.0)
-            if len(self._waiting) >= self.limits.queue:
+                raise BusyError("no requests are taken any more: ask again later", 5.0)
+            if self._waiting >= limits.queue:
                 self._metrics.refused += 1
-                raise BusyError(f"{self.limits.queue} requests wait already: ask again later", 1.0)
-            self._waiting.append(job)
-            self._there.notify()
+                raise BusyError(f"{limits.queue} requests wait already: ask again later", self._retry_after())
+            self._known.add(job)
+            self._waiting += 1
+        if self._thread is not None:
+            self._prepare(job)
         return job.handle
 
     def run(self, work: Callable[[LLM, dict[str, Session]], _T], session: str | None = None) -> Future[_T]:
         """Have something done on the engine's thread between two steps, such as forking or saving a session.
 
         Args:
-            work: called with the model and the sessions in memory; it should be short.
+            work: called with the model and the sessions in memory by name, which it may change; it should be short.
             session: one that `work` needs for itself: it waits for requests on it, and they for `work`.
 
         Returns:
@@ -110,59 +127,88 @@ class Scheduler:
         def call() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work(self.llm, self._sessions))
+                    future.set_result(work(self.llm, self._rounds.sessions))
                 except BaseException as error:
                     future.set_exception(error)
 
         with self._there:
-            self._waiting.append(call)
-            self._there.notify()
+            if self._closing:
+                raise BusyError("nothing is done any more: ask again later", 5.0)
+            self._came.append(Call(call, session, future.cancel))
+            self._there.notify_all()
         return future
 
     def metrics(self) -> Metrics:
         """Return a copy of the counters as they are now."""
         with self._there:
-            now = copy.deepcopy(self._metrics)
-            now.waiting_now, now.sessions_now = len(self._waiting), len(self._sessions)
-            now.writing_now = int(self._running is not None)
+            waiting = self._waiting
+        now = copy.deepcopy(self._metrics)
+        now.waiting_now = waiting
         return now
 
-    # --- the engine's thread ---------------------------------------------------------------------------------------
+    # --- between threads ---------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        with self._there:
+            self._there.notify_all()
+
+    def _retry_after(self) -> float:
+        """Return in how many seconds about a tenth of the queue will have moved on."""
+        seen = self._metrics.queued
+        mean = seen.total / seen.count if seen.count else 1.0
+        return max(1.0, round(mean / 10, 1))
+
+    def _prepare(self, job: Job) -> None:
+        assert self._beside is not None, "not started"
+        self._beside.submit(self._made, job)
+
+    def _made(self, job: Job) -> None:
+        """Make tokens of a request's texts, and hand it to the engine."""
+        try:
+            if not job.cancelled:
+                job.prepared = prepare(self.llm.model, job.request, self.limits.request_tokens)
+        except LongspanError as error:
+            job.fail(error)
+        except Exception as error:
+            job.fail(self._rounds.internal(error))
+        with self._there:
+            if job.prepared is None:
+                job.end()
+                self._waiting -= 1
+                self._known.discard(job)
+            else:
+                self._came.append(job)
+            self._there.notify_all()
+
+    def _ended(self, job: Job) -> None:
+        with self._there:
+            self._known.discard(job)
+            self._there.notify_all()
+
+    # --- the engine's thread -----------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        self._rounds.begin()
+        self.ready = True
         while True:
             with self._there:
-                while not self._waiting and not self._closing:
-                    self._there.wait()
-                if not self._waiting:
+                self._there.wait_for(self._wanted)
+                if self._closing and not self._known and not self._came:
                     return
-                work = self._waiting.popleft()
-                self._running = work if isinstance(work, Job) else None
-            if isinstance(work, Job):
-                self._work(work)
-            else:
-                work()
-            self._running = None
+                came, self._came = self._came, []
+            for each in came:
+                self._rounds.queue.put(each)
+            begun = self._rounds.go_round()
+            if begun:
+                with self._there:
+                    self._waiting -= begun
 
-    def _work(self, job: Job) -> None:
-        left = set(range(job.request.n))
-        try:
-            events = job.events(self.llm, self._session(job.request.session), self._metrics)
-            while not job.cancelled and (event := next(events, None)) is not None:
-                job.handle.put(event)
-                if isinstance(event, Done):
-                    left.discard(event.index)
-            events.close()
-            for index in left:
-                job.handle.put(Done(index, "cancelled", Usage()))
-        except LongspanError as error:
-            job.handle.put(error)
-        except Exception as error:
-            job.handle.put(EngineError(f"the engine failed on this request: {type(error).__name__}: {error}"))
-
-    def _session(self, name: str | None) -> Session:
-        if name is None:
-            return Session()
-        if name not in self._sessions:
-            self._sessions[name] = self.llm.session(name)
-        return self._sessions[name]
+    def _wanted(self) -> bool:
+        """Whether there is something to do."""
+        rounds = self._rounds
+        if self._came or rounds.reading or rounds.writing or rounds.settled():
+            return True
+        if self._closing and not self._known:
+            return True
+        # Those that wait for a save alone, or for their texts, are not worked on.
+        return bool(len(rounds.queue)) and not rounds.saving

@@ -191,7 +191,7 @@ class Local:
         if example.follows:
             raise UsageError("an index alone gives no probability of a text: leave retrieval out, or add read=place")
         chosen = self.llm.choose(example.question, session)
-        suffix, _ = rereading.prompt_again(model, context.wanted, session, chosen, example.question)
+        suffix, _ = rereading.prompt_again(model, context.wanted, session, chosen, example.question, session.turns)
         return KVContext(model, make("dense")), suffix + model.tokens(example.answer_prefix)
 
     def _write(self, reader: KVContext, suffix: list[int], example: Example, answer: Answer, asked: float) -> None:

@@ -35,7 +35,8 @@ class Together:
         heads = rows.view(rows.shape[0], -1, block.head_dim)
         q, k, v = heads.split([block.heads, block.kv_heads, block.kv_heads], 1)
         q, k = block.normed(q, k)
-        read = self._reader.attend(block.ordinal, *(x.unsqueeze(2) for x in (q, k, v)), block.scale)
+        q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)
+        read = self._reader.attend(block.ordinal, q, k, v, block.scale)
         return read.flatten(1)
 
     def state(self, layer: int) -> tuple[Tensor, Tensor]:

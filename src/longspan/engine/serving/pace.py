@@ -1,0 +1,42 @@
+"""How many tokens are read between two steps of decode, so that nobody who is being answered waits long for a token.
+
+A step's time is known from the last ones. A chunk may take about as long: its size is doubled or halved until it does.
+Where nobody is answered it is as large as the context likes. It does not know what is read.
+"""
+
+from __future__ import annotations
+
+SHARE = 1.2
+"""How long a chunk may take, in steps of decode."""
+LEAST, MOST = 16, 1 << 15
+_OLD = 0.9
+
+
+class Pace:
+    """The size of chunks, from how long steps and chunks took."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        """Take how long a chunk may hold up answers; None: as long as their steps suggest."""
+        self._seconds, self._step = seconds, 0.0
+        self.tokens = 4 * LEAST
+        """Of a chunk while answers are written."""
+        self.answering = False
+        """Whether answers are being written."""
+
+    def most(self) -> int:
+        """Return how many tokens may be read together now."""
+        return self.tokens if self.answering else MOST
+
+    def stepped(self, seconds: float) -> None:
+        """Learn how long a step took."""
+        self._step = seconds if self._step == 0.0 else _OLD * self._step + (1 - _OLD) * seconds
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Learn how long a chunk took that was read while answers are written."""
+        target = SHARE * self._step if self._seconds is None else self._seconds
+        if not self.answering or target == 0.0:
+            return
+        if seconds > target:
+            self.tokens = max(LEAST, min(self.tokens, tokens) // 2)
+        elif seconds < target / 2 and tokens >= self.tokens:
+            self.tokens = min(MOST, 2 * self.tokens)

@@ -1,0 +1,346 @@
+"""One round of the engine after another: who begins, who reads a chunk, a step for all who are answered, who has ended.
+
+Everything here runs on the engine's thread, but for saving, which a thread beside it does while the session is still
+locked. It does not know where requests come from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from longspan.engine.kv_context import KVContext
+from longspan.engine.serving.batch import Batch
+from longspan.engine.serving.cached import Cached
+from longspan.engine.serving.choice import Choice
+from longspan.engine.serving.job import Job
+from longspan.engine.serving.metrics import Metrics
+from longspan.engine.serving.pace import Pace
+from longspan.engine.serving.queueing import WRITTEN, FairQueue
+from longspan.engine.serving.requests import Limits
+from longspan.errors import EngineError, LongspanError, PoolExhaustedError
+from longspan.kv.budget import size
+from longspan.sessions.session import Session
+
+if TYPE_CHECKING:
+    from longspan.engine.llm import LLM
+
+_SHORT = 512
+"""Tokens of a request that need not wait for one that reads long documents to end."""
+_COUNTED = 1.0
+"""Seconds between two counts of all pages."""
+
+
+class Call:
+    """Something else that is to be done between two steps."""
+
+    key, priority = "\0call", 1 << 30
+
+    def __init__(self, work: Callable[[], None], session: str | None, cancel: Callable[[], object]) -> None:
+        """Take what is done, what session it needs for itself, and what is called if it is not done any more."""
+        self.work, self.session, self.cancel = work, session, cancel
+
+
+class Rounds:
+    """The requests under way, and what they share."""
+
+    def __init__(
+        self, llm: LLM, limits: Limits, metrics: Metrics, ended: Callable[[Job], None], wake: Callable[[], None]
+    ) -> None:
+        """Take the model, how much is taken on, what is counted, who hears of ends, and what wakes the engine."""
+        self.llm, self.limits, self.metrics, self._ended, self._wake = llm, limits, metrics, ended, wake
+        self.queue: FairQueue[Job | Call] = FairQueue()
+        self.reading: list[Job] = []
+        self.writing: list[Job] = []
+        self.saving: list[tuple[Job, Future[None]]] = []
+        self.sessions: dict[str, Session] = {}
+        """In memory, by name; those used last at the end."""
+        self.cached = Cached(limits.cached)
+        self._steps: dict[Job, Iterator[int]] = {}
+        self._batch, self._pace = Batch(llm.model), Pace(limits.step_seconds)
+        self._saver: ThreadPoolExecutor | None = None
+        self._round, self._looked = 0, 0.0
+
+    def begin(self) -> None:
+        """Look for what would hold up answers later."""
+        self._saver = ThreadPoolExecutor(1, "longspan-saves")
+        self.llm.heads_or_none()
+
+    def close(self, *, save: bool) -> None:
+        """Let go of everything; `save`: once sessions with a name are saved."""
+        if self._saver is not None:
+            self._saver.shutdown()
+        for session in self.sessions.values():
+            if save and _unsaved(session):
+                self.llm.save(session)
+        self.sessions.clear()
+        while self.cached.shrink():
+            pass
+        self._count_pages()
+
+    def go_round(self) -> int:
+        """Do a little of everything; returns how many requests have begun."""
+        self._drop_cancelled()
+        begun = self._admit()
+        self._pace.answering = bool(self.writing)
+        if self.reading:
+            self._read()
+        if self.writing:
+            self._write()
+        self._settle()
+        self._count()
+        return begun
+
+    def settled(self) -> bool:
+        """Whether something was saved that nobody has looked at yet."""
+        return any(future.done() for _, future in self.saving)
+
+    @staticmethod
+    def internal(error: BaseException) -> EngineError:
+        """Return what is told of an error that nobody should have met."""
+        return EngineError(f"the engine failed on this request: {type(error).__name__}: {error}")
+
+    # --- who begins --------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> int:
+        begun = 0
+        while (item := self.queue.take(self._fits)) is not None:
+            if isinstance(item, Call):
+                item.work()
+                self.queue.done(item)
+                continue
+            begun += 1
+            self.metrics.queued.observe(time.perf_counter() - item.submitted)
+            try:
+                session = self._session(item.session)
+                self._steps[item] = item.reading(self.llm, session, self.cached, self._pace.most)
+                self.reading.append(item)
+            except Exception as error:
+                self._fail(item, error)
+        return begun
+
+    def _fits(self, item: Job | Call) -> bool:
+        if isinstance(item, Call):
+            return True
+        assert item.prepared is not None, "texts are tokens by now"
+        under_way = sum(job.request.n for job in (*self.reading, *self.writing))
+        if under_way and under_way + item.request.n > self.limits.sequences:
+            return False
+        if len(self.reading) >= self.limits.reading and item.prepared.tokens > _SHORT:
+            return False
+        item.left = item.prepared.tokens
+        return self._has_memory(item)
+
+    def _has_memory(self, job: Job) -> bool:
+        """Whether the KV budget has room for all that a request may take, beside what others still may."""
+        if not self.llm.kv_budget.limited or job.cancelled:
+            return True
+        assert job.prepared is not None, "texts are tokens by now"
+        probe = self.llm.new_context(self.llm.without_documents())
+        assert isinstance(probe, KVContext), "what has no documents keeps its keys"
+        answers = job.request.n * min(job.request.params.max_tokens, self.llm.model.dimensions.window)
+        job.needs = probe.bytes_for(job.prepared.tokens) + probe.bytes_for(answers)
+        while True:
+            left = self.llm.kv_budget.left
+            assert left is not None, "the budget is limited"
+            others = (*self.reading, *self.writing)
+            spoken_for = sum(max(0, other.needs - sum(c.nbytes for c in other.contexts)) for other in others)
+            if job.needs <= left - spoken_for:
+                return True
+            if self.cached.shrink() or self._let_go(1, keep=job.session):
+                continue
+            if others or self.saving:
+                return False  # it waits for them
+            job.refused = PoolExhaustedError(
+                f"the request may need {size(job.needs)} of the KV budget, which has {size(left)} left: raise it "
+                "(--kv-budget), or ask for less text or fewer tokens"
+            )
+            return True
+
+    def _session(self, name: str | None) -> Session | None:
+        if name is None:
+            return None
+        session = self.sessions.pop(name, None) or self.llm.session(name)
+        self.sessions[name] = session
+        return session
+
+    def _let_go(self, count: int, keep: str | None = None) -> bool:
+        """Save and forget the sessions that were not used for longest and are free; returns whether there was one."""
+        free = [name for name in self.sessions if name not in self.queue.busy and name != keep][:count]
+        for name in free:
+            session = self.sessions[name]
+            if _unsaved(session):
+                self.llm.save(session)
+            del self.sessions[name]
+        return bool(free)
+
+    # --- reading and writing -----------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Read a chunk: of the key that was served least, by turns for who came first and for who is done soonest."""
+        jobs = [job for job in self.queue.least_served(self.reading) if isinstance(job, Job)]
+        self._round += 1
+        job = min(jobs, key=lambda each: each.left) if self._round % 2 else jobs[0]
+        started = time.perf_counter()
+        try:
+            if job.refused is not None:
+                raise job.refused
+            count = next(self._steps[job], None)
+        except Exception as error:
+            self._end(job, error)
+            return
+        if count is None:
+            del self._steps[job]
+            self.reading.remove(job)
+            if job.request.reads_only:
+                self.reading.append(job)
+                self._end(job)
+                return
+            self.writing.append(job)
+            for choice in job.choices:
+                if choice.reason is not None:
+                    self._left(job, choice)
+            self._ended_if_all(job)
+            return
+        self.metrics.read_tokens += count
+        self.queue.serve(job.key, count)
+        self._pace.read(count, time.perf_counter() - started)
+
+    def _write(self) -> None:
+        """Make one step for all answers."""
+        open_ = [(job, choice) for job in self.writing for choice in job.choices if choice.reason is None]
+        started = time.perf_counter()
+        try:
+            contexts = [choice.context for _, choice in open_]
+            logits, failed = self._batch.step(contexts, [choice.tokens[-1] for _, choice in open_])
+        except Exception as error:
+            for job in list(self.writing):
+                self._end(job, error)
+            return
+        greedy: list[int] = []
+        sound: list[bool] = []
+        if logits.numel():
+            best = logits.max(-1)
+            # NaN and infinity are told by the sampler, in its words.
+            sound = best.values.isfinite().tolist()
+            greedy = best.indices.tolist()
+        now = time.perf_counter()
+        for at, (job, choice) in enumerate(open_):
+            if at in failed:
+                self._end(job, failed[at])
+                continue
+            if job not in self.writing:
+                continue  # another answer of it has failed
+            try:
+                if choice.greedy and sound[at]:
+                    job.write(choice, greedy[at])
+                else:
+                    job.write(choice, *choice.draw(logits[at]))
+            except Exception as error:
+                self._end(job, error)
+                continue
+            self.queue.serve(job.key, WRITTEN)
+            self.metrics.between_tokens.observe(now - job.last)
+            if choice.reason is not None:
+                self._left(job, choice)
+        for job in list(self.writing):
+            job.last = now
+            self._ended_if_all(job)
+        self.metrics.steps += 1
+        self._pace.stepped(time.perf_counter() - started)
+
+    def _left(self, job: Job, choice: Choice) -> None:
+        """Have an answer's context hold what it has read, once it has ended."""
+        with suppress(PoolExhaustedError):  # what is not held need not be taken back
+            self._batch.leave(choice.context)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _ended_if_all(self, job: Job) -> None:
+        if job in self.writing and all(choice.reason is not None for choice in job.choices):
+            self._end(job)
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in (*self.reading, *self.writing) if job.cancelled]:
+            self._end(job)
+        for item in [item for item in self.queue if isinstance(item, Job) and item.cancelled]:
+            self.queue.remove(item)
+            item.end()
+            self.metrics.queued.observe(time.perf_counter() - item.submitted)
+            self._ended(item)
+
+    def _end(self, job: Job, error: Exception | None = None) -> None:
+        """End a request wherever it is; what its session has read stays, and is saved."""
+        if (steps := self._steps.pop(job, None)) is not None:
+            getattr(steps, "close", lambda: None)()
+        for jobs in (self.reading, self.writing):
+            if job in jobs:
+                jobs.remove(job)
+        try:
+            for choice in job.choices:
+                self._left(job, choice)
+            job.close(self.cached)
+        except Exception as wrong:
+            error = error or wrong
+        if error is not None:
+            self._fail(job, error)
+            return
+        session = self.sessions.get(job.session or "")
+        if session is None or not job.changed_session:
+            self._over(job)
+            return
+        if not job.request.reads_only:
+            job.end()  # an answer need not wait for the disk
+        assert self._saver is not None, "begin() was not called"
+        future = self._saver.submit(self.llm.save, session)
+        self.saving.append((job, future))
+        future.add_done_callback(lambda _: self._wake())
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.fail(error if isinstance(error, LongspanError) else self.internal(error))
+        self._over(job)
+
+    def _settle(self) -> None:
+        """End those whose session was saved."""
+        for job, future in [pair for pair in self.saving if pair[1].done()]:
+            self.saving.remove((job, future))
+            error = future.exception()
+            if error is not None and job.request.reads_only:
+                job.fail(error if isinstance(error, LongspanError) else self.internal(error))
+            self._over(job)
+        if len(self.sessions) > self.limits.sessions:
+            self._let_go(len(self.sessions) - self.limits.sessions)
+
+    def _over(self, job: Job) -> None:
+        job.end()
+        self.queue.done(job)
+        self._ended(job)
+
+    # --- counting ----------------------------------------------------------------------------------------------------
+
+    def _count(self) -> None:
+        now = self.metrics
+        now.reading_now, now.sessions_now, now.cached_now = len(self.reading), len(self.sessions), len(self.cached)
+        now.writing_now = sum(choice.reason is None for job in self.writing for choice in job.choices)
+        if time.perf_counter() - self._looked > _COUNTED or not (self.reading or self.writing):
+            self._count_pages()
+
+    def _count_pages(self) -> None:
+        self._looked = time.perf_counter()
+        contexts = [context for job in (*self.reading, *self.writing) for context in job.contexts]
+        contexts += [s.memory for s in self.sessions.values() if isinstance(s.memory, KVContext)]
+        contexts += self.cached.contexts
+        pools = {id(kv.pool): kv.pool for context in contexts for kv in context.layers}
+        found: dict[tuple[str, str], int] = {}
+        for pool in pools.values():
+            for place, count in pool.census().items():
+                found[place] = found.get(place, 0) + count
+        self.metrics.pages_now = found
+        self.metrics.kv_bytes_now = sum(context.nbytes for context in contexts)
+
+
+def _unsaved(session: Session) -> bool:
+    return session.name is not None and (session.memory is None or session.saved_length != session.memory.length)
