@@ -1,4 +1,4 @@
-"""The command line: `longspan ask`, `chat`, `demo`, `session`, `models`, `attention`, `plan`,
+"""The command line: `longspan ask`, `chat`, `serve`, `demo`, `session`, `models`, `attention`, `plan`,
 `decide`, `cost`, `eval`, `bench`, `version`.
 
 Modules of this folder load nothing heavy when imported, so that help answers at once; commands load what they need
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import longspan
 from longspan import settings
-from longspan.cli import ask, bench, chat, cost, decide, demo, evals, output, plan, sessions, show
+from longspan.cli import ask, bench, chat, cost, decide, demo, evals, output, plan, serve, sessions, show
 
 __all__ = ["app", "main", "run"]
 
@@ -57,6 +57,7 @@ def _start(
 
 ask.add_to(app)
 chat.add_to(app)
+serve.add_to(app)
 demo.add_to(app)
 sessions.add_to(app)
 show.add_to(app)

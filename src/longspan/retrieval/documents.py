@@ -102,6 +102,19 @@ def read_documents(
     return Reading(tuple(reader.documents.values()), tuple(reader.skipped.values()))
 
 
+def text_of(data: bytes, name: str) -> str:
+    """Return the text of a document that is in memory (DocumentError: see `read_documents`).
+
+    Args:
+        data: of the file.
+        name: for messages, and for what its suffix says.
+    """
+    try:
+        return _text_of(data, Path(name).suffix.lower())
+    except _RefusedError as error:
+        raise DocumentError(f"{_shown(name)} {error}") from error
+
+
 class _Reader:
     """Reads path after path; knows a file it has met by the file itself, not by its name."""
 

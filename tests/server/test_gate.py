@@ -1,0 +1,169 @@
+"""Keys, sizes, other sites' pages, clients that leave or read nothing."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+from live import Live
+
+from longspan import LLM
+from longspan.engine.serving import Limits
+from longspan.server.gate import Keys
+from longspan.server.serving import ServerOptions
+from longspan.sessions.store import SessionStore
+
+KEYS = ("first-secret-key", "second-secret-key")
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny, own_places):
+    folder = own_places / "documents"
+    folder.mkdir()
+    (folder / "gate.txt").write_text("The code of the gate is 7315.", encoding="utf-8")
+    (own_places / "secret.txt").write_text("Nobody may read this.", encoding="utf-8")
+    (folder / "link.txt").symlink_to(own_places / "secret.txt")
+    options = ServerOptions(
+        keys=KEYS, hosts=("127.0.0.1",), documents=folder, body_bytes=50_000, upload_bytes=100_000, body_seconds=0.5
+    )
+    llm = LLM(tiny, "dense", store=SessionStore(own_places / "sessions"))
+    with Live(llm, options, Limits(queue=2, sequences=1)) as made:
+        yield made
+
+
+def body(live, **how):
+    return {"model": live.model, "messages": [{"role": "user", "content": "The gate"}], "max_tokens": 300, **how}
+
+
+def raw(live, head, rest=b""):
+    """Send bytes; return what comes until the server closes or falls silent."""
+    with socket.create_connection(live.address, timeout=2) as made:
+        made.settimeout(2)
+        with contextlib.suppress(OSError):  # the server may close before all is sent
+            made.sendall(head.encode() + rest)
+        answer = b""
+        with contextlib.suppress(OSError):
+            while part := made.recv(65536):
+                answer += part
+        return answer
+
+
+def test_a_key_is_needed_and_any_of_them_does(guarded):
+    for key, status in ((KEYS[0], 200), (KEYS[1], 200), ("third-secret-key", 401), ("x", 401)):
+        answer = guarded.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == status, key
+    assert guarded.http.get("/v1/models", headers={"Authorization": KEYS[0]}).status_code == 401
+    for path in ("/health", "/ready"):
+        assert guarded.http.get(path, headers={"Authorization": ""}).status_code == 200
+    assert guarded.http.get("/metrics", headers={"Authorization": ""}).status_code == 401
+
+
+def test_keys_are_all_compared(monkeypatch):
+    from longspan.server import gate
+
+    seen = []
+    compare = gate.hmac.compare_digest
+    monkeypatch.setattr(gate.hmac, "compare_digest", lambda a, b: seen.append(b) or compare(a, b))
+    keys = Keys(KEYS)
+    assert keys.number(KEYS[0].encode()) == 0 and len(seen) == 2
+    assert keys.number(b"another") is None and len(seen) == 4
+    assert not any(KEYS[0].encode() in each for each in seen), "digests alone are held"
+
+
+def test_pages_of_other_sites_are_refused(guarded):
+    assert guarded.http.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert guarded.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
+    assert guarded.http.get("/v1/models", headers={"Origin": guarded.url}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["../secret.txt", "link.txt", "/etc/passwd", "nothing.txt", "a\0b", "."])
+def test_no_path_leads_out_of_the_folder(guarded, path):
+    guarded.http.post("/v1/sessions", json={"name": "paths"})
+    answer = guarded.http.post("/v1/sessions/paths/documents", json={"documents": [{"path": path}]})
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "document_not_found"
+    assert "secret" not in answer.json()["error"]["message"].replace("../secret.txt", "")
+
+
+@pytest.mark.parametrize("name", ["..", "%2e%2e", "..%2f..%2fx", ".hidden", "a%2fb", "x%00", "ü", "a" * 101])
+def test_no_name_leads_out_of_the_sessions(guarded, name):
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/save")):
+        answer = guarded.http.request(method, f"/v1/sessions/{name}{path}")
+        assert answer.status_code in (400, 404, 405), answer.text
+
+
+def test_documents_below_the_folder_are_read(guarded):
+    answer = guarded.http.post("/v1/sessions", json={"name": "below", "documents": [{"path": "gate.txt"}]})
+    assert answer.status_code == 201 and answer.json()["documents"][0]["name"] == "gate.txt"
+
+
+def test_a_long_body_is_refused_before_it_is_read(guarded):
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+        "Content-Type: application/json\r\n"
+    )
+    answer = raw(guarded, f"{head}Content-Length: 900000000\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413") and b"request_too_large" in answer
+    chunk = b"%x\r\n" % 30_000 + b" " * 30_000 + b"\r\n"
+    assert raw(guarded, f"{head}Transfer-Encoding: chunked\r\n\r\n", chunk * 3).startswith(b"HTTP/1.1 413")
+    started = time.perf_counter()
+    assert raw(guarded, f"{head}Content-Length: 20\r\n\r\n", b'{"mo').startswith(b"HTTP/1.1 408")
+    assert time.perf_counter() - started < 4
+
+
+def test_long_headers_are_refused(guarded):
+    head = "GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nX-Long: "
+    assert raw(guarded, head, b"a" * 40_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 431")
+    answer = raw(guarded, head, b"a" * 1_000_000 + b"\r\n\r\n")
+    assert answer == b"" or answer.split()[1] in (b"400", b"431")
+    assert guarded.http.get("/health").status_code == 200
+
+
+def test_a_client_that_leaves_stops_its_request(guarded):
+    before = guarded.scheduler.metrics().written_tokens
+    for stream in (True, False):
+        data = json.dumps(body(guarded, stream=stream, logit_bias={"0": -100})).encode()
+        with socket.create_connection(guarded.address) as made:
+            made.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+                + data
+            )
+            while guarded.scheduler.metrics().written_tokens == before:
+                time.sleep(0.005)
+        assert guarded.idle(5)
+        written = guarded.scheduler.metrics().written_tokens
+        assert written - before < 300, "it went on to the end"
+        before = written
+
+
+def test_a_full_queue_is_told_with_a_time(guarded):
+    answers = []
+
+    def ask():
+        answers.append(guarded.http.post("/v1/chat/completions", json=body(guarded, logit_bias={"0": -100})))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        assert guarded.http.get("/health").status_code == 200
+    for thread in threads:
+        thread.join()
+    statuses = sorted(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["Retry-After"]) >= 1 and refused.json()["error"]["type"] == "rate_limit_error"
+    text = guarded.http.get("/metrics").text
+    assert 'longspan_http_requests_total{method="POST",route="/v1/chat/completions",status="429"}' in text
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"{", b"[]", b"null", b'"\\ud800"', b"\xff\xfe", b"[" * 40_000, b'{"model":1e999}', b'{"n":NaN}']
+)
+def test_odd_bodies_are_refused_in_openais_shape(guarded, sent):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/sessions"):
+        answer = guarded.http.post(path, content=sent, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, answer.text
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
