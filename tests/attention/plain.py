@@ -80,7 +80,32 @@ def sparse(q, k, v, window, sinks, density=1.0, inv_freq=None, trained=None):
     return out
 
 
-def quest_blocks(q, k, t, start, budget, window, sinks, who, chosen_pages, block, inv_freq=None, trained=None):
+def quest_shares(q, k, before, block):
+    """The shares [Hq, before] of a softmax of the bounds of blocks: q [Hq, D], k [Hkv, N, D]."""
+    bound = torch.empty(len(q), before, dtype=torch.float64)
+    for h in range(len(q)):
+        pages = k[h // (len(q) // len(k)), : before * block].view(before, block, k.shape[-1])
+        bound[h] = torch.maximum(q[h] * pages.amin(1), q[h] * pages.amax(1)).sum(-1)
+    return torch.softmax(bound / math.sqrt(q.shape[-1]), -1)
+
+
+def sparq_shares(q, k, before, block, channels):
+    """The mass [Hq, before] of blocks by the scores of algorithm 1, whose channels a group of heads shares."""
+    mass = torch.zeros(len(q), before, dtype=torch.float64)
+    group = len(q) // len(k)
+    for h in range(len(q)):
+        together = q[h // group * group : (h // group + 1) * group].abs().sum(0).tolist()
+        used = sorted(range(len(together)), key=lambda d: (-together[d], d))[:channels]
+        tau = q[h, used].abs().sum() / q[h].abs().sum()
+        scores = k[h // group, : before * block][:, used] @ q[h, used] / math.sqrt(q.shape[-1] * tau)
+        for j, weight in enumerate(torch.softmax(scores, 0).tolist()):
+            mass[h, j // block] += weight
+    return mass
+
+
+def quest_blocks(
+    q, k, t, start, budget, window, sinks, who, chosen_pages, block, inv_freq=None, trained=None, channels=None
+):
     """The blocks before `start` that each KV head reads for one position: q [Hq, D], k [Hkv, N, D]."""
     heads, kv_heads, before = q.shape[0], k.shape[0], start // block
     first = min(before, math.ceil(sinks / block))
@@ -91,11 +116,7 @@ def quest_blocks(q, k, t, start, budget, window, sinks, who, chosen_pages, block
         return [[*range(first), *order][:read]] * kv_heads
     if inv_freq is not None and (trained is None or t < trained):
         q, k = rotated(q.unsqueeze(1), [t], inv_freq)[:, 0], rotated(k, list(range(k.shape[1])), inv_freq)
-    bound = torch.empty(heads, before, dtype=torch.float64)
-    for h in range(heads):
-        pages = k[h // (heads // kv_heads), : before * block].view(before, block, k.shape[-1])
-        bound[h] = torch.maximum(q[h] * pages.amin(1), q[h] * pages.amax(1)).sum(-1)
-    share = torch.softmax(bound / math.sqrt(q.shape[-1]), -1)
+    share = quest_shares(q, k, before, block) if channels is None else sparq_shares(q, k, before, block, channels)
     chosen = []
     for one in range(kv_heads):
         voters = range(heads) if who == "layer" else range(one * heads // kv_heads, (one + 1) * heads // kv_heads)
@@ -105,7 +126,9 @@ def quest_blocks(q, k, t, start, budget, window, sinks, who, chosen_pages, block
     return chosen
 
 
-def quest(q, k, v, budget, window, sinks, who="head", chosen_pages=(), block=16, inv_freq=None, trained=None):
+def quest(
+    q, k, v, budget, window, sinks, who="head", chosen_pages=(), block=16, inv_freq=None, trained=None, channels=None
+):
     q, k, v = q.double(), k.double(), v.double()
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     for b in range(q.shape[0]):
@@ -113,7 +136,7 @@ def quest(q, k, v, budget, window, sinks, who="head", chosen_pages=(), block=16,
             t = k.shape[2] - q.shape[2] + i
             start = max(0, t - window + 1) // block * block
             blocks = quest_blocks(
-                q[b, :, i], k[b], t, start, budget, window, sinks, who, chosen_pages, block, inv_freq, trained
+                q[b, :, i], k[b], t, start, budget, window, sinks, who, chosen_pages, block, inv_freq, trained, channels
             )
             for h in range(q.shape[1]):
                 one = h // (q.shape[1] // k.shape[1])

@@ -23,6 +23,9 @@ CASES = [
     ("quest", dict(budget=128, window=20, sinks=3, who="head"), {}),
     ("quest", dict(budget=64, window=1, sinks=0, who="layer"), {}),
     ("quest", dict(budget=160, window=33, sinks=20, who="model"), dict(chosen_pages=(3, 0, 1))),
+    ("sparq", dict(budget=72, window=20, sinks=3, who="head", channels=5, block=4), {}),
+    ("sparq", dict(budget=64, window=1, sinks=0, who="layer", channels=3, block=1), {}),
+    ("sparq", dict(budget=160, window=33, sinks=20, who="model", channels=4, block=4), dict(chosen_pages=(3, 0, 1))),
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "routed", "summary": "key"}, {}),
     ("superlinear", {**SUPERLINEAR, "gate": "joint", "summary": "bounds"}, {}),
@@ -57,7 +60,7 @@ def expected(name, options, hints, q, k, v):
         )
     if name == "sparse":
         return plain.sparse(q, k, v, **options)
-    if name == "quest":
+    if name in ("quest", "sparq"):
         return plain.quest(q, k, v, **options, **hints)
     return plain.superlinear(q, k, v, **options)
 
@@ -94,6 +97,8 @@ EVERYTHING = [
     ("quest", dict(budget=900, window=1, sinks=0, who="head"), {}),
     ("quest", dict(budget=900, window=33, sinks=70, who="layer"), {}),
     ("quest", dict(budget=900, window=1, who="model"), dict(chosen_pages=tuple(range(15, -1, -1)))),
+    ("sparq", dict(budget=900, window=1, sinks=0, channels=2, block=1), {}),
+    ("sparq", dict(budget=900, window=33, sinks=70, who="layer", block=16), {}),
     ("infini", dict(segment=4000), {}),
     ("superlinear", dict(window=4000), {}),
     ("superlinear", dict(window=8, spans=1, backward=1e6, forward=1e6), {}),

@@ -15,7 +15,8 @@ PAGE_BYTES = 2 * 2 * PAGE * 8 * 4
 """Of one layer: keys and values, KV heads, tokens, head size, float32."""
 OPTIONS = {
     "streaming": "window=100", "sparse": "window=80", "superlinear": "window=80,spans=2",
-    "quest": "budget=160,window=64", "tree": "leaves=4,window=64", "infini": "segment=128",
+    "quest": "budget=160,window=64", "sparq": "budget=160,window=64",
+    "tree": "leaves=4,window=64", "infini": "segment=128",
     "h2o": "budget=150,window=70,every=64", "snapkv": "budget=150", "rocketkv": "budget=150",
     "expected": "budget=150", "keydiff": "budget=150,every=128", "kvzip": "budget=150",
     "retrieval": "window=128,pages=2,read=place",

@@ -22,6 +22,9 @@ def check(kv, tokens):
     for start in (count // 2, count // 3, count - 1):  # windows, before and after the whole was read
         torch.testing.assert_close(kv.keys_at_own_positions(start, count), rotated[:, :, start:], atol=1e-12, rtol=0)
     torch.testing.assert_close(kv.keys_at_own_positions(0, count), rotated, atol=1e-12, rtol=0)
+    for part in (count // 2, count):
+        assert torch.equal(kv.columns(part, rotated=False), key_of(tokens)[:, :, :part].mT)
+        torch.testing.assert_close(kv.columns(part, rotated=True), rotated[:, :, :part].mT, atol=1e-12, rtol=0)
     index = torch.tensor([[[count - 1, 0, count // 2], [1, count - 2, count // 3]]])
     wanted = torch.stack([rotated[:, head, index[0, head]] for head in range(HEADS)], 1)
     torch.testing.assert_close(kv.gather(index, rotated=True)[0], wanted, atol=1e-12, rtol=0)

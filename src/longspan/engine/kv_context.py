@@ -77,7 +77,7 @@ class KVContext(Context):
         """Every layer's memory where keys are evicted; None: `layers` holds it."""
         self._asked: AskedCopy | None = None
         self.layers = [
-            paged(model, kv_format, self.budget, kinds, mechanism.block, tiers)
+            paged(model, kv_format, self.budget, kinds, mechanism.block if mechanism.summaries else PAGE, tiers)
             for _ in range(model.dimensions.layers if self.kept is None else 0)
         ]
         planned = model.native is not None and model.device.type == "cuda"

@@ -128,6 +128,17 @@ class LayerKV(ABC):
         ending = "_rotated" if rotated else ""
         return torch.cat([self.summary(what + ending, block) for what in ("highest", "lowest")], -1)
 
+    def columns(self, count: int, *, rotated: bool) -> Tensor:
+        """Keys of the first `count` tokens channel by channel: `[B, Hkv, D, count]`.
+
+        Args:
+            count: tokens.
+            rotated: whether they are rotated to their own positions.
+
+        Keys that can't be read (`readable`) are 0.
+        """
+        return (self.keys_at_own_positions(0, count) if rotated else self.keys(0, count)).mT
+
     def readable(self) -> Tensor | None:
         """Whether each page can be read token by token, in whatever format, bool `[ceil(N / PAGE)]`; None: all can."""
         return None

@@ -25,6 +25,28 @@ class _Rows:
         self.rows, self.written, self.readers = rows, 0, 1
 
 
+class _Columns:
+    """Keys channel by channel, `[1, Hkv, D, capacity]`, of one context alone."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.length = 0
+
+    def read(self, stop: int, lacking: Callable[[int, int], Tensor]) -> Tensor:
+        if self.rows is None or self.length < stop:
+            fresh = lacking(self.length, stop)
+            if self.rows is None or self.rows.shape[3] < stop:
+                capacity = -(-max(4 * PAGE, stop + stop // 2) // PAGE) * PAGE
+                with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
+                    grown = fresh.new_empty(*fresh.shape[:3], capacity)
+                if self.rows is not None:
+                    grown[..., : self.length] = self.rows[..., : self.length]
+                self.rows = grown
+            self.rows[..., self.length : stop] = fresh
+            self.length = stop
+        return self.rows[..., :stop]
+
+
 class Mirror:
     """One context's rotated keys, as far as they were asked for."""
 
@@ -34,6 +56,8 @@ class Mirror:
         self.length = 0
         self._near: tuple[int, Mirror] | None = None
         """The first token of a window, and its rows from there on."""
+        self._columns: dict[bool, _Columns] = {}
+        """Keys channel by channel, by whether they are rotated: forks make their own."""
 
     @property
     def held(self) -> Tensor:
@@ -60,6 +84,16 @@ class Mirror:
         self._near = at, rows
         return rows.read(stop - at, lambda first, last: rotated(at + first, at + last))[:, :, start - at :]
 
+    def columns(self, stop: int, rotated: bool, lacking: Callable[[int, int], Tensor]) -> Tensor:
+        """Return the keys `[1, Hkv, D, stop]` of the first tokens, channel by channel.
+
+        Args:
+            stop: how many tokens.
+            rotated: which keys these are, the rotated or the unrotated.
+            lacking: gives `[1, Hkv, D, n]` of the tokens `start .. stop - 1`, those that are not here yet.
+        """
+        return self._columns.setdefault(rotated, _Columns()).read(stop, lacking)
+
     def follows(self, length: int) -> bool:
         """Whether a row for the token `length` can be added where it is: all before it were asked for, and it fits."""
         kept = self._rows
@@ -77,6 +111,8 @@ class Mirror:
     def truncate(self, length: int) -> None:
         """Forget every row from `length` on."""
         self.length = min(self.length, length)
+        for columns in self._columns.values():
+            columns.length = min(columns.length, length)
         if self._near is not None:
             at, rows = self._near
             rows.truncate(max(0, length - at))
@@ -97,7 +133,7 @@ class Mirror:
             self._rows.readers -= 1
         if self._near is not None:
             self._near[1].clear()
-        self._rows, self.length, self._near = None, 0, None
+        self._rows, self.length, self._near, self._columns = None, 0, None, {}
 
     def advance(self, stop: int) -> None:
         """Count the rows up to `stop` as held, which the caller writes; those before were read already."""

@@ -204,6 +204,21 @@ class PageReader(LayerKV):
             return super().bounds(block, rotated=rotated)
         return self.blocks.bounds(self, block, rotated)
 
+    def columns(self, count: int, *, rotated: bool) -> Tensor:
+        """See `LayerKV`; they are kept where rotated keys are."""
+        readable = self.readable()
+        if readable is None:
+            whole = super().keys_at_own_positions if rotated else self.keys
+            if self.pages.plain and not self.budget.limited:
+                return self.mirror.columns(count, rotated, lambda start, stop: whole(start, stop).mT)
+            return whole(0, count).mT
+        pages = readable[: -(-count // PAGE)].nonzero().flatten()
+        keys = torch.zeros(self.pool.kv_heads, -(-count // PAGE), *self.whole_pages(pages[:0], "k").shape[2:])
+        keys = keys.to(self.pool.device, self.pool.dtype)
+        keys[:, pages] = self.whole_pages(pages, "k")
+        held = keys.flatten(1, 2)[:, :count].unsqueeze(0)
+        return (self.rotary.range(held, 0) if rotated and self.rotary is not None else held).mT
+
     def readable(self) -> Tensor | None:
         """See `LayerKV`."""
         if self.pages.plain:
