@@ -95,6 +95,8 @@ def serve(
             model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, kv_tier=kv_tier,
             weights=weights,
         )  # fmt: skip
+        # Looking for them takes as long as reading some documents: not while others wait for their answers.
+        llm.heads_or_none()
     from longspan.engine.serving import Scheduler
     from longspan.server.app import create_app
 

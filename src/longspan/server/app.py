@@ -72,6 +72,16 @@ def create_app(scheduler: Scheduler, options: ServerOptions | None = None, *, gr
         app.include_router(each, responses=_REFUSALS)
     _add_errors(app)
     _add_pages(app)
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        """Describe the API, with the one model that is here."""
+        made = describe()
+        for each in ("ChatRequest", "CompletionRequest", "ResponsesRequest"):
+            made["components"]["schemas"][each]["properties"]["model"]["enum"] = [serving.name]
+        return made
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's guide has it
     return Gate(app, options, counted)
 
 

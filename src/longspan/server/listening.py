@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -153,19 +154,25 @@ class _Protocol(H11Protocol):
         self._due = self.loop.call_later(_HEADER_SECONDS, self._give_up)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; once a request has begun there are other limits."""
+        """Take bytes; a head that has begun, the first or a later one, must end in time."""
         super().data_received(data)
-        if self._due is not None and self.cycle is not None:
-            self._due.cancel()
-            self._due = None
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._due is None:
+            self._due = self.loop.call_later(_HEADER_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
         if self._due is not None:
             self._due.cancel()
             self._due = None
-        super().connection_lost(exc)
 
     def _give_up(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        self._due = None
+        answered = self.cycle is None or self.cycle.response_complete
+        if self.conn.their_state is h11.IDLE and answered and not self.transport.is_closing():
             self.transport.close()

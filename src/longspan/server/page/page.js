@@ -117,6 +117,7 @@ async function ask(question) {
     if (!text) words.textContent = "(the model gave no answer)";
     turns.push({ role: "user", content: question }, { role: "assistant", content: text });
     if (whole) cite(article, whole);
+    article.scrollIntoView({ block: "end" });
   } finally {
     article.classList.remove("waiting");
     if (!words.textContent) words.textContent = "(stopped)";
