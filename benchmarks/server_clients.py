@@ -27,6 +27,8 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 WINDOW = 32_768
 ATTENTION = "streaming:window=1020,sinks=4"
 """Whose time to read grows with the text: what is measured is who waits for whom, not attention."""
+MODEL = "model"
+"""The model's name: that of its folder."""
 PIECE = "The code of the tower in street {0} is {1}. Nobody had asked for the lantern of house {2}. "
 PATIENCE = httpx2.Timeout(300)
 
@@ -37,7 +39,7 @@ class Served:
     def __init__(self, place: Path, *options: str) -> None:
         """Take a folder for model, sessions and log, and options of `longspan serve`."""
         self.place, self.options = place, options
-        self.model = place / "model"
+        self.model = place / MODEL
         if not self.model.exists():
             sys.path.insert(0, str(TESTS))
             from tiny_llama import save_model
@@ -48,7 +50,7 @@ class Served:
         """Start it, and wait until it is ready."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self.url, self.name = f"http://127.0.0.1:{self.port}", "model"
+        self.url = f"http://127.0.0.1:{self.port}"
         places = {"LONGSPAN_SESSIONS": str(self.place / "sessions"), "LONGSPAN_CACHE": str(self.place / "cache")}
         self.log = self.place / "log.txt"
         with self.log.open("a", encoding="utf-8") as log:
@@ -123,7 +125,7 @@ def text_of(drawn: random.Random, tokens: int) -> str:
 async def chat(http: httpx2.AsyncClient, seen: Seen, question: str, tokens: int = 48) -> None:
     """Ask once, as a stream, and note when each token came."""
     body = {
-        "model": "model", "messages": [{"role": "user", "content": question}], "max_tokens": tokens, "stream": True,
+        "model": MODEL, "messages": [{"role": "user", "content": question}], "max_tokens": tokens, "stream": True,
         "logit_bias": {"0": -100}, "logprobs": True,
     }  # fmt: skip
     sent = last = time.perf_counter()
@@ -216,7 +218,7 @@ _FIELDS = {
 def odd_body(path: str, drawn: random.Random) -> bytes:
     """Return a body for an address that is wrong in some way, or right by chance."""
     value: Any = {
-        "model": drawn.choice(["model", "model", "other", 1]),
+        "model": drawn.choice([MODEL, MODEL, "other", 1]),
         "messages": drawn.choice([[{"role": "user", "content": "x"}], [], "x", [{"role": "tool"}], [None], {}]),
         "prompt": drawn.choice(["x", [1, 2], [[1], [2]], [], [[]], ["x", 1], -1, [10**9], "\x00", "\ud800"]),
         "input": drawn.choice(["x", [], [{"role": "user", "content": "y"}], 5, None]),
@@ -241,7 +243,7 @@ def odd_body(path: str, drawn: random.Random) -> bytes:
         fields = list(value)
     kept = {key: each for key, each in value.items() if key in fields and (key in needed or drawn.random() < 0.35)}
     if drawn.random() < 0.5:  # mostly right, so that it gets further
-        right: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "x"}], "prompt": "x",
+        right: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "prompt": "x",
                                  "input": "x", "question": "x", "max_tokens": 2}  # fmt: skip
         kept |= {key: right[key] for key in kept if key in right and drawn.random() < 0.8}
     data = json.dumps(kept).encode()

@@ -74,6 +74,7 @@ def test_keys_are_all_compared(monkeypatch):
 
 def test_pages_of_other_sites_are_refused(guarded):
     assert guarded.http.get("/v1/models", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert guarded.http.get("/v1/models", headers={"Origin": "http://[evil"}).status_code == 403
     assert guarded.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
     assert guarded.http.get("/v1/models", headers={"Origin": guarded.url}).status_code == 200
 

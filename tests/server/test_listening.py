@@ -14,7 +14,10 @@ def test_a_head_that_does_not_end_is_given_up(live, before, monkeypatch):
     with socket.create_connection(live.address, timeout=5) as made:
         if before:
             made.sendall(before)
-            assert made.recv(1000).startswith(b"HTTP/1.1 200")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += made.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 200")
         started = time.perf_counter()
         made.sendall(b"GET /health HT")
         assert made.recv(1000) == b"", "it was not closed"

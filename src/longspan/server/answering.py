@@ -112,11 +112,10 @@ async def stream(
                 yield each
         except Exception as error:
             yield data(told(error).body())
-        finally:
-            for handle in handles:
-                handle.cancel()
 
-    return _Stream(sent(), ping=_PING, sep="\n", send_timeout=seconds, headers={"X-Accel-Buffering": "no"})
+    made_of = _Stream(sent(), ping=_PING, sep="\n", send_timeout=seconds, headers={"X-Accel-Buffering": "no"})
+    made_of.handles = handles
+    return made_of
 
 
 async def _events(handles: Iterable[Handle]) -> Numbered:
@@ -131,12 +130,18 @@ async def _events(handles: Iterable[Handle]) -> Numbered:
 class _Stream(EventSourceResponse):
     """A stream whose client may stop reading: that is the end of it, and no error of ours."""
 
+    handles: Iterable[Handle] = ()
+    """Cancelled at its end, also where the client had gone before anything was sent."""
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             _log.info("a client read nothing of its stream for %s s: given up", self.send_timeout)
             raise ConnectionAbortedError("the client reads nothing") from None
+        finally:
+            for handle in self.handles:
+                handle.cancel()
 
 
 def data(value: Any, event: str | None = None) -> ServerSentEvent:
