@@ -10,7 +10,7 @@ import longspan
 SOURCE = Path(longspan.__file__).parent
 ROOMS = (
     "cli", "server", "bench", "evals", "peers", "planner", "train", "engine", "sessions", "retrieval", "hf",
-    "attention", "distributed", "kv", "kernels", "settings", "lengths", "specs", "errors",
+    "attention", "distributed", "kv", "kernels", "settings", "lengths", "large", "specs", "errors",
 )  # fmt: skip
 """From the top; a room imports from those behind it and from itself."""
 FILES = sorted(SOURCE.rglob("*.py"))

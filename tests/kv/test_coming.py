@@ -51,6 +51,20 @@ def filed(slots=None, **how):
 @pytest.fixture(autouse=True)
 def few_together(monkeypatch):
     monkeypatch.setattr(coming, "PIECE", 5 * HEADS * PAGE * DIM * 4)
+    monkeypatch.setattr(coming, "_GAP", 0)
+
+
+def test_pages_between_two_that_are_asked_for_come_along(monkeypatch):
+    monkeypatch.setattr(coming, "_GAP", 2 * HEADS * PAGE * DIM * 4)
+    plane, files, slots = filed([*range(0, 20), *range(22, PAGES + 2)])
+    plane.need([1])
+    plane.need([0, 3, 7, 18, 23], "k")  # no other page lies between 19 and 22, and none is that of a slot there
+    assert files["k"].read_pages == [1, 0, 1, 2, 3, 7, 18, 21]
+    assert torch.isnan(plane.tensors["k"][:, 4:7]).all()
+    plane.need(None)
+    for what in ("k", "v"):
+        assert torch.equal(plane.tensors[what][:, slots], files[what].tensor)
+        assert torch.isnan(plane.tensors[what][:, 20:22]).all()
 
 
 @pytest.mark.parametrize("order", [None, list(reversed(range(PAGES))), [*range(20, PAGES), *range(20)]])

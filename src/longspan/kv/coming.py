@@ -14,7 +14,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -25,6 +26,8 @@ from torch import Tensor
 
 PIECE = 2**20
 """Bytes that are read together: what a core's own cache holds until they are checked and copied."""
+_GAP = 2**17
+"""Bytes between two pages that are asked for, which come along: a disk takes as long to look elsewhere."""
 _QUIET = 0.05
 """Seconds without anybody waiting for a page after which the others are brought."""
 _PATIENCE = 2.0
@@ -53,6 +56,12 @@ class Rows(Protocol):
     def read(self, first: int, last: int) -> Tensor:
         """Return the pages `first .. last - 1`, `[heads, n, ...]`, in host memory, checked (SessionError)."""
         ...
+
+
+class Taking(Protocol):
+    """The plane that pages come to."""
+
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +93,8 @@ def rows_in(tensors: Mapping[str, Tensor], name: str) -> Rows:
     return Here(tensors[name]) if found is None else found
 
 
-class Taking(Protocol):
-    """The plane that pages come to."""
-
-    moving: threading.Lock
-    """Held while its memory moves, and while a page is written there from elsewhere."""
-    tensors: dict[str, Tensor]
-
-
 class Coming:
-    """What of one plane's slots is not there yet."""
+    """What of one plane's slots is not there yet. Any number of threads may ask for it."""
 
     def __init__(self, plane: Taking, rows: Mapping[str, Rows], slots: Sequence[int], count: int) -> None:
         """Begin with nothing there.
@@ -109,15 +110,16 @@ class Coming:
         self._page[slots] = np.arange(len(slots))
         self._slots = np.array(slots, np.int64)
         self._parts = {part: [name for name in rows if name.startswith(part)] for part in ("k", "v")}
-        self._state: dict[str, NDArray[np.int8]] = {}
-        self._left: dict[str, int] = {}
-        for part in self._parts:
-            self._state[part] = np.full(count, _HERE, np.int8)
-            self._state[part][slots] = _AWAY
-            self._left[part] = len(slots)
+        self._state = {part: np.full(count, _HERE, np.int8) for part in self._parts}
+        for state in self._state.values():
+            state[slots] = _AWAY
+        self._left = dict.fromkeys(self._parts, len(slots))
         nbytes = sum(math.prod(each.shape) * each.dtype.itemsize for each in rows.values())
-        self._together = max(1, PIECE * 2 * len(slots) // max(1, nbytes))
+        each = max(1, nbytes // (2 * max(1, len(slots))))
+        self._together, self._gap = max(1, PIECE // each), 1 + _GAP // each
         self._lock = threading.Condition()
+        self._bringing: dict[int, tuple[int, int]] = {}
+        """The slots that each thread brings now."""
         self.waited = 0.0
         """When somebody last waited for a page (`time.monotonic`)."""
         self.wanted: set[str] = set()
@@ -146,10 +148,27 @@ class Coming:
         """Leave slots alone that hold other pages from now on, or none."""
         gone = np.array([slot for slot in slots if slot < len(self._page)], np.int64)
         with self._lock:
+            self._settled(gone)
             for part, state in self._state.items():
                 self._left[part] -= int((state[gone] != _HERE).sum())
                 state[gone] = _HERE
-            self._lock.notify_all()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Have no page come while the plane's memory moves."""
+        with self._lock:
+            self._settled(self._slots)
+            yield
+
+    def _settled(self, slots: NDArray[np.int64]) -> None:
+        """Wait until no other thread brings any of these slots; the lock is held."""
+        me = threading.get_ident()  # a context may be collected in the middle of bringing its pages
+        while any(
+            bool(((slots >= start) & (slots < stop)).any())
+            for who, (start, stop) in self._bringing.items()
+            if who != me
+        ):
+            self._lock.wait()
 
     def _asked(self, slots: Iterable[int] | slice | Tensor | None) -> NDArray[np.int64]:
         if slots is None:
@@ -157,7 +176,7 @@ class Coming:
         if isinstance(slots, slice):
             return np.arange(slots.start, min(slots.stop, len(self._page)))
         found = np.unique(slots.cpu().numpy() if isinstance(slots, Tensor) else np.array(list(slots), np.int64))
-        return found[found < len(self._page)]
+        return found[(found >= 0) & (found < len(self._page))]
 
     def _bring(self, asked: NDArray[np.int64], part: str, wait: bool) -> bool:
         """Bring some pages that lie one after the other; returns whether more of those asked for may be away."""
@@ -171,41 +190,48 @@ class Coming:
                 return True
             if wait:
                 self.waited = time.monotonic()
-            pages = self._page[away]
-            breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(away) != 1))
-            run = away[: min(self._together, int(breaks[0]) + 1 if len(breaks) else len(away))]
-            state[run] = _COMING
-        came = np.empty(0, np.int64)
+            start, stop = self._stretch(away)
+            mine = state[start:stop] == _AWAY
+            state[start:stop][mine] = _COMING
+            self._bringing[threading.get_ident()] = start, stop
+        came = False
         try:
-            came = self._copy(run, part)
+            self._copy(part, start, mine)
+            came = True
         finally:
             with self._lock:
-                state[run[state[run] == _COMING]] = _AWAY
-                state[came] = _HERE
-                self._left[part] -= len(came)
+                del self._bringing[threading.get_ident()]
+                mine &= state[start:stop] == _COMING
+                state[start:stop][mine] = _HERE if came else _AWAY
+                self._left[part] -= int(mine.sum()) if came else 0
                 if wait:
                     self.waited = time.monotonic()
                 self._lock.notify_all()
         return True
 
-    def _copy(self, run: NDArray[np.int64], part: str) -> NDArray[np.int64]:
-        """Write pages to their slots, and return those that were still wanted."""
-        first = int(self._page[run[0]])
-        found = {name: self._rows[name].read(first, first + len(run)) for name in self._parts[part]}
+    def _stretch(self, away: NDArray[np.int64]) -> tuple[int, int]:
+        """Return the first of the slots that are away and those after it which lie behind it in the file as well."""
+        steps, pages = np.diff(away), np.diff(self._page[away])
+        breaks = np.flatnonzero((steps != pages) | (steps > self._gap) | (away[1:] - away[0] >= self._together))
+        start, last = int(away[0]), int(away[breaks[0] if len(breaks) else -1])
+        between = self._page[start : last + 1] - self._page[start] != np.arange(last + 1 - start)
+        # Slots of nobody's, or of other pages, may lie between.
+        return start, start + int(between.argmax()) if between.any() else last + 1
+
+    def _copy(self, part: str, start: int, mine: NDArray[np.bool_]) -> None:
+        """Write pages to their slots, those that are this thread's to bring."""
+        first = int(self._page[start])
+        found = {name: self._rows[name].read(first, first + len(mine)) for name in self._parts[part]}
         plane = self._plane()
         if plane is None:
-            return run
-        with plane.moving, self._lock:
-            held = self._state[part][run] == _COMING  # else given back meanwhile, and perhaps another page's by now
-            start = int(run[0])
-            for name, pages in found.items():
-                target = plane.tensors[name]
-                if held.all():
-                    target[:, start : start + len(run)] = pages.to(target)
-                else:
-                    target[:, torch.from_numpy(run[held])] = pages[:, torch.from_numpy(held)].to(target)
-        came: NDArray[np.int64] = run[held]
-        return came
+            return
+        for name, pages in found.items():
+            target = plane.tensors[name][:, start : start + len(mine)]
+            if mine.all():
+                target.copy_(pages)
+            else:
+                which = torch.from_numpy(mine.nonzero()[0])
+                target[:, which] = pages[:, which].to(target)
 
 
 class Arrivals:

@@ -8,14 +8,15 @@ memory they may set aside ahead of need.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from longspan import large
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.kv.coming import Coming, Rows
@@ -50,7 +51,6 @@ class Plane:
             name: torch.empty(heads, 0, *shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
         }
         self.page_bytes = sum(heads * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
-        self.moving = threading.Lock()  # see `coming.Taking`
         self.references: list[int] = []
         self.free_slots: list[int] = []  # the last is taken first
         self._budget, self._heads = budget, heads
@@ -126,14 +126,11 @@ class Plane:
         return moved
 
     def _resize(self, slots: int) -> None:
-        with self.moving:
-            for name, old in self.tensors.items():
-                # A tensor made while a model runs in inference mode could not be written to afterwards.
-                with torch.inference_mode(False):
-                    new = old.new_empty(old.shape[0], slots, *old.shape[2:])
-                kept = min(slots, old.shape[1])
-                new[:, :kept] = old[:, :kept]
-                self.tensors[name] = new
+        for name, old in self.tensors.items():
+            new = large.empty((old.shape[0], slots, *old.shape[2:]), old.dtype, old.device)
+            kept = min(slots, old.shape[1])
+            new[:, :kept] = old[:, :kept]
+            self.tensors[name] = new
         self._budget.reserved += self.nbytes - self._aside[0]
         self._aside[0] = self.nbytes
 
@@ -165,9 +162,9 @@ class PagePlane(Plane):
         for what, dim in dims.items():
             shapes[what] = ((PAGE, made.code_dim(what, dim)), made.code_dtype)
             shapes[f"{what}_scale"] = (made.scale_shape(what, dim), made.scale_dtype)
+        self._coming: Coming | None = None
         super().__init__(shapes, heads, device, budget)
         self.number, self.format, self.dims = number, made, dict(dims)
-        self._coming: Coming | None = None
 
     def handle(self, slot: int) -> int:
         """Return what stands for a slot of this plane in a page table."""
@@ -212,6 +209,10 @@ class PagePlane(Plane):
         """See `Plane.compact`."""
         self.need(None)
         return super().compact()
+
+    def _resize(self, slots: int) -> None:
+        with nullcontext() if self._coming is None else self._coming.still():
+            super()._resize(slots)
 
     def import_from(self, other: PagePlane, sources: list[int], targets: list[int]) -> None:
         """Copy pages as they are from a plane of the same format, on whichever device."""

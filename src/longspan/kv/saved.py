@@ -266,9 +266,11 @@ def _without_tail(pages: Tensor, numbers: list[int], length: int, block: int) ->
 
 
 def _fill(plane: Plane, slots: list[int], rows: Mapping[str, Rows]) -> None:
+    one_after_the_other = bool(slots) and slots == list(range(slots[0], slots[0] + len(slots)))
+    at = slice(slots[0], slots[0] + len(slots)) if one_after_the_other else slots
     for name, each in rows.items():
         target = plane.tensors[name]
-        target[:, slots] = each.read(0, len(slots)).to(target)
+        target[:, at] = each.read(0, len(slots)).to(target)
 
 
 def _saves(tensor: Tensor) -> bool:

@@ -8,9 +8,7 @@ This module knows nothing of files; torch is imported where a tensor is touched.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -190,20 +188,6 @@ class Layout:
             return made.view(self.shape)
         places = self.shape[self.axis] if count is None else count
         return made.view(places, *self.shape[: self.axis], *self.shape[self.axis + 1 :]).movedim(0, self.axis)
-
-
-def memory(count: int) -> Tensor:
-    """Return so many bytes of new memory, in large pages where the system has them: small ones take time to make."""
-    import torch
-
-    if count < PIECE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        with torch.inference_mode(False):
-            return torch.empty(count, dtype=torch.uint8)
-    made = mmap.mmap(-1, count)
-    with contextlib.suppress(OSError):
-        made.madvise(mmap.MADV_HUGEPAGE)
-    with torch.inference_mode(False):
-        return torch.frombuffer(made, dtype=torch.uint8)
 
 
 def memory_of(flat: Tensor) -> memoryview:

@@ -186,7 +186,8 @@ class Session:
             else:
                 turns = [Turn(saved.texts[f"question.{i}"], saved.texts[f"answer.{i}"]) for i in range(count)]
             tokens: list[int] = stored["tokens"].tolist()
-            offsets = [(int(a), int(b)) for a, b in stored["offsets"].tolist()]
+            first, last = stored["offsets"].view(-1, 2).unbind(1)
+            offsets: list[tuple[int, int]] = list(zip(first.tolist(), last.tolist(), strict=True))
             session = cls(saved.name, documents, tokens, offsets, turns, head=int(state["head"]))
         except (KeyError, TypeError, ValueError) as error:
             raise SessionCorruptError(

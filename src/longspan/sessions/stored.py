@@ -15,7 +15,7 @@ from longspan.sessions import prefixes
 from longspan.sessions.journal import DamageError, Journal
 from longspan.sessions.manifest import Manifest
 from longspan.sessions.records import numbers_of
-from longspan.sessions.rows import PIECE, READ, Layout, Piece, memory, memory_of, text_of
+from longspan.sessions.rows import PIECE, READ, Layout, Piece, memory_of, text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,11 @@ class StoredRows:
 def read_tensor(journal: Journal, stream: tuple[str, ...], about: dict[str, Any]) -> Tensor:
     """Return a tensor (DamageError, OSError)."""
     layout = _layout(journal, stream, about)
-    flat = memory(layout.nbytes)
+    import torch
+
+    from longspan import large
+
+    flat = large.empty((layout.nbytes,), torch.uint8)
     if flat.numel():
         _read(journal, located(journal, stream, layout.numbers, layout.sizes), memory_of(flat))
     return layout.tensor(flat)
