@@ -34,6 +34,9 @@ class Filed:
         self.read_pages += range(first, last)
         return self.tensor[:, first:last].clone()
 
+    def read_into(self, first, last, target, start):
+        target[:, start : start + last - first] = self.read(first, last)
+
 
 def filed(slots=None, **how):
     """A plane of which slots are to come from files."""

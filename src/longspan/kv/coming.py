@@ -32,6 +32,8 @@ _QUIET = 0.05
 """Seconds without anybody waiting for a page after which the others are brought."""
 _PATIENCE = 2.0
 """Seconds after which they are brought all the same."""
+_THREADS = 2
+"""In the background: one waits for the disk while memory is made for the other."""
 _AWAY, _COMING, _HERE = 0, 1, 2
 
 
@@ -55,6 +57,10 @@ class Rows(Protocol):
 
     def read(self, first: int, last: int) -> Tensor:
         """Return the pages `first .. last - 1`, `[heads, n, ...]`, in host memory, checked (SessionError)."""
+        ...
+
+    def read_into(self, first: int, last: int, target: Tensor, start: int) -> None:
+        """Read those pages to the places from `start` on of a tensor on the CPU, which has no gaps (as `read`)."""
         ...
 
 
@@ -84,6 +90,10 @@ class Here:
     def read(self, first: int, last: int) -> Tensor:
         """See `Rows`."""
         return self.tensor[:, first:last]
+
+    def read_into(self, first: int, last: int, target: Tensor, start: int) -> None:
+        """See `Rows`."""
+        target[:, start : start + last - first] = self.read(first, last)
 
 
 def rows_in(tensors: Mapping[str, Tensor], name: str) -> Rows:
@@ -220,36 +230,39 @@ class Coming:
 
     def _copy(self, part: str, start: int, mine: NDArray[np.bool_]) -> None:
         """Write pages to their slots, those that are this thread's to bring."""
-        first = int(self._page[start])
-        found = {name: self._rows[name].read(first, first + len(mine)) for name in self._parts[part]}
-        plane = self._plane()
-        if plane is None:
-            return
-        for name, pages in found.items():
-            target = plane.tensors[name][:, start : start + len(mine)]
-            if mine.all():
-                target.copy_(pages)
+        first, last, plane = int(self._page[start]), int(self._page[start]) + len(mine), self._plane()
+        which = None if mine.all() else torch.from_numpy(mine.nonzero()[0])
+        for name in self._parts[part] if plane is not None else ():
+            assert plane is not None, "its slots are taken"
+            target = plane.tensors[name]
+            if which is None and target.device.type == "cpu":
+                self._rows[name].read_into(first, last, target, start)  # memory can't move: `still` waits for this
+            elif which is None:
+                target[:, start : start + len(mine)] = self._rows[name].read(first, last).to(target)
             else:
-                which = torch.from_numpy(mine.nonzero()[0])
-                target[:, which] = pages[:, which].to(target)
+                target[:, which + start] = self._rows[name].read(first, last)[:, which].to(target)
 
 
 class Arrivals:
-    """One thread that brings the pages of a context's layers, behind whoever waits for some."""
+    """Threads that bring the pages of a context's layers, behind whoever waits for some."""
 
     def __init__(self, coming: Sequence[Coming]) -> None:
-        """Take what is away, in the order in which it will be read; the thread ends when all is there, or fails."""
+        """Take what is away, in the order in which it will be read; threads end when all is there, or fail."""
         self._coming = [weakref.ref(each) for each in coming]
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._work, name="longspan-restore", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work, name="longspan-restore", daemon=True) for _ in range(_THREADS)
+        ]
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def join(self) -> None:
-        """Wait until it has ended."""
-        self._thread.join()
+        """Wait until they have ended."""
+        for thread in self._threads:
+            thread.join()
 
     def _work(self) -> None:
         try:

@@ -10,11 +10,12 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 PART = ".part"
 """Ends the name of a file or folder that is not whole yet."""
+_TOGETHER = 1024  # buffers that a read may fill
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows alone has it, and would translate line ends without it
 
 
@@ -61,6 +62,26 @@ def read_into(handle: int, buffer: memoryview, offset: int) -> int:
         if count == 0:
             break
         done += count
+    return done
+
+
+def scatter(handle: int, parts: Sequence[memoryview], offset: int) -> int:
+    """Fill several buffers with what follows one after the other from there on; otherwise as `read_into`."""
+    done = first = 0
+    while first < len(parts):
+        some = parts[first : first + _TOGETHER]
+        wanted = sum(len(part) for part in some)
+        count = os.preadv(handle, some, offset + done) if hasattr(os, "preadv") else 0
+        if count < wanted:  # a read may give less than it was asked for
+            at = 0
+            for part in some:
+                got = max(0, min(len(part), count - at))
+                more = read_into(handle, part[got:], offset + done + at + got)
+                at += got + more
+                if got + more < len(part):
+                    return done + at
+            count = at
+        done, first = done + count, first + len(some)
     return done
 
 

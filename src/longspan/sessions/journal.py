@@ -172,6 +172,16 @@ class Journal:
                 raise DamageError(segment.path, "fails its checksum", start + at)
             at += size
 
+    def scatter(self, places: Places, parts: Sequence[memoryview]) -> None:
+        """Fill buffers, equally many a row, with rows that lie one after the other, each checked (errors: `read`)."""
+        segment, start = self.segments[int(places.segments[0])], int(places.offsets[0])
+        if files.scatter(segment.handle, parts, start) < places.nbytes:
+            raise DamageError(segment.path, "is cut short", start)
+        each = len(parts) // len(places)
+        for i, checksum in enumerate(places.checksums.tolist()):
+            if records.checksum_of(parts[i * each : (i + 1) * each]) != checksum:
+                raise DamageError(segment.path, "fails its checksum", int(places.offsets[i]))
+
     def ahead(self, places: Places) -> None:
         """Have the system bring up rows that lie one after the other, in the background."""
         files.will_read(self.segments[int(places.segments[0])].handle, int(places.offsets[0]), places.nbytes)

@@ -81,6 +81,16 @@ def checksum(data: bytes | memoryview) -> int:
     return int(xxhash.xxh3_64_intdigest(data))
 
 
+def checksum_of(parts: Sequence[memoryview]) -> int:
+    """Return the checksum of bytes that lie in several places."""
+    if len(parts) == 1:
+        return checksum(parts[0])
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return int(digest.intdigest())
+
+
 def padded(count: int) -> int:
     """Return so many bytes and the zeros behind them."""
     return -(-count // ALIGNED) * ALIGNED

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import SessionError
@@ -99,14 +100,32 @@ class StoredRows:
         places = self._places.part(slice(first, last))
         with torch.inference_mode(False):
             flat = torch.empty(places.nbytes, dtype=torch.uint8)
-        try:
+        with self._telling():
             _read(self._journal, places, memory_of(flat))
+        return self._layout.tensor(flat, last - first)
+
+    def read_into(self, first: int, last: int, target: Tensor, start: int) -> None:
+        """Read those pages to the places from `start` on of such a tensor, which has no gaps and lies on the CPU."""
+        import torch
+
+        heads, count = target.shape[:2]
+        each = target[0, 0].nbytes
+        memory = memory_of(target.view(-1).view(torch.uint8))
+        places = self._places.part(slice(first, last))
+        with self._telling():
+            for run in places.runs(READ):
+                at = [(head * count + start + i) * each for i in range(run.start, run.stop) for head in range(heads)]
+                self._journal.scatter(places.part(run), [memory[byte : byte + each] for byte in at])
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except DamageError as error:
             raise self._fail(error) from error
         except OSError as error:
             path = self._journal.last.path
             raise SessionError(f"{path} can't be read ({error.strerror or error}): look after the disk") from error
-        return self._layout.tensor(flat, last - first)
 
 
 def read_tensor(journal: Journal, stream: tuple[str, ...], about: dict[str, Any]) -> Tensor:
