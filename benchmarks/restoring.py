@@ -5,7 +5,8 @@
 A model with random weights, in the shape of a small one with a long text, over keys and values that are random numbers:
 what is chosen is scattered more than in a text, which brings more pages. The system forgets the file before each
 measurement (POSIX_FADV_DONTNEED), and logits are compared bit by bit with those of the context that was saved. The
-disk's own rate is the best of reading the file with one and two threads, in pieces as large as a restore's.
+disk's own rate is the best of reading the file with one and two threads, in pieces as large as a restore's: into
+buffers that are used again, and into memory that is new, as a restore's is (making that may take as long as reading).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import torch
 
 import longspan
 from benchmarks.decode import filled
-from longspan import LLM
+from longspan import LLM, large
 from longspan.attention import parse
-from longspan.engine import prompts
+from longspan.engine import contexts, prompts
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.sessions import files
-from longspan.sessions.rows import READ
+from longspan.sessions.rows import READ, memory_of
 from longspan.sessions.session import Session
 from longspan.sessions.store import SessionStore
 
@@ -49,6 +50,7 @@ SHAPE = {
 SPECS = ("dense", "quest", "superlinear")
 QUESTION = [5, 7, 11, 13, 17, 19, 23, 29]
 _TIMES = 3
+_PLANE = 16 * READ
 
 
 def saved(llm: LLM, spec: str, length: int) -> tuple[Path, torch.Tensor]:
@@ -72,14 +74,17 @@ def drop(path: Path) -> None:
     os.close(handle)
 
 
-def raw_seconds(path: Path, threads: int) -> float:
+def raw_seconds(path: Path, threads: int, new_memory: bool) -> float:
     """Return how long reading a file takes, in a restore's pieces."""
     handle, size = files.open_to_read(path), path.stat().st_size
+    # As a layer's planes: a few MiB each.
+    tensors = [large.empty((_PLANE,), torch.uint8) for _ in range(-(-size // _PLANE) if new_memory else threads)]
+    planes = [memory_of(tensor) for tensor in tensors]
 
     def read(first: int) -> None:
-        buffer = memoryview(bytearray(READ))
         for at in range(first * READ, size, threads * READ):
-            files.read_into(handle, buffer, at)
+            plane, start = divmod(at, _PLANE) if new_memory else (first, 0)
+            files.read_into(handle, planes[plane][start : start + READ], at)
 
     drop(path)
     started = time.perf_counter()
@@ -115,15 +120,15 @@ def measured(model: CausalModel, spec: str, root: Path, length: int) -> dict[str
     del llm
     size = path.stat().st_size
     row: dict[str, Any] = {"mechanism": spec, "tokens": length, "bytes": size}
-    lazy, all_first, opening, reading, disk = [], [], [], [], []
+    lazy, all_first, opening, reading = [], [], [], []
+    disk: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(_TIMES):
-        disk += [raw_seconds(path, threads) for threads in (1, 2)]
+        for new_memory, seconds_each in disk.items():
+            seconds_each += [raw_seconds(path, threads, new_memory) for threads in (1, 2)]
         session, seconds, _ = opened(model, spec, root, path, whole=False)
         started = time.perf_counter()
         said = session.memory.step(QUESTION)
         lazy.append(seconds + time.perf_counter() - started)
-        away = sum(plane.coming.left() for kv in session.memory.layers for plane in kv.pool.planes if plane.coming)
-        pages = 2 * sum(kv.pages_held for kv in session.memory.layers)
         assert torch.equal(said, wanted), "no figure of a wrong answer"
         opening.append(seconds)
         session, _, seconds = opened(model, spec, root, path, whole=True)
@@ -132,16 +137,30 @@ def measured(model: CausalModel, spec: str, root: Path, length: int) -> dict[str
         said = session.memory.step(QUESTION)
         all_first.append(seconds + time.perf_counter() - started)
         assert torch.equal(said, wanted), "no figure of a wrong answer"
-    rate = size / min(disk)
+    rate, into_new = (size / min(each) for each in disk.values())
     return row | {
         "first_token_page_by_page_ms": round(1e3 * min(lazy), 1),
         "first_token_after_all_ms": round(1e3 * min(all_first), 1),
         "opening_ms": round(1e3 * min(opening), 1),
-        "pages_brought_share": round(1 - away / pages, 3),
+        "pages_read_share": _read_share(model, spec, root),
         "disk_gib_per_s": round(rate / 2**30, 2),
+        "disk_into_new_memory_gib_per_s": round(into_new / 2**30, 2),
         "restore_gib_per_s": round(size / min(reading) / 2**30, 2),
         "restore_share_of_disk": round(size / min(reading) / rate, 3),
+        "restore_share_of_disk_into_new_memory": round(size / min(reading) / into_new, 3),
     }
+
+
+def _read_share(model: CausalModel, spec: str, root: Path) -> float:
+    """Return which share of the pages' keys and values the first token brings, with nothing in the background."""
+    before, contexts.Arrivals.start = contexts.Arrivals.start, lambda self: None  # type: ignore[method-assign]
+    try:
+        memory = LLM(model, spec, store=SessionStore(root)).session("big").memory
+        memory.step(QUESTION)
+    finally:
+        contexts.Arrivals.start = before  # type: ignore[method-assign]
+    away = sum(plane.coming.left() for kv in memory.layers for plane in kv.pool.planes if plane.coming)
+    return round(1 - away / (2 * sum(kv.pages_held for kv in memory.layers)), 3)
 
 
 def main() -> None:

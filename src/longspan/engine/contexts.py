@@ -230,6 +230,11 @@ class Context(ABC):
     def _add(self, chunk: list[int], *, logits: int = 0, mechanism: Mechanism | None = None) -> Tensor | None:
         """Read one chunk, wholly or not at all, by this context's mechanism or another."""
 
+    def beside(self) -> dict[int, int]:
+        """Return the bytes of what is held beside the layers' pools, by what it is: forks may share some of it."""
+        rotated = [mirror for kv in self._layers() if (mirror := getattr(kv, "mirror", None)) is not None]
+        return {id(self.recurrence): self.recurrence.nbytes, **{id(mirror): mirror.nbytes for mirror in rotated}}
+
     @abstractmethod
     def _layers(self) -> Sequence[Layer]:
         """Every layer's memory."""

@@ -44,6 +44,10 @@ class IndexContext(Context):
         """See `Context`."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    def beside(self) -> dict[int, int]:
+        """See `Context`."""
+        return super().beside() | {id(self.index): self.index.nbytes}
+
     def fork(self) -> IndexContext:
         """See `Context`; the index, 256 bytes a token for the default model, is copied."""
         other = copy.copy(self)

@@ -50,7 +50,7 @@ def save(
     same: dict[str, JSON],
     model_name: str,
     *,
-    kept: bool = True,
+    kept: bool | None = None,
     ttl: float | None = None,
 ) -> None:
     """Commit a session; of the memory only what changed is written, and nothing looked at where nothing was read since.
@@ -60,7 +60,7 @@ def save(
         session: one with a name.
         same: its identity.
         model_name: for people.
-        kept: whether it stays until it is removed.
+        kept: whether it stays until it is removed; None: as it was promised before.
         ttl: seconds after its last use in which one that is not kept stays.
     """
     assert session.name is not None, "only a session with a name is saved"

@@ -8,7 +8,13 @@ It does not know pages: whoever takes and releases them says how many bytes they
 
 from __future__ import annotations
 
+import threading
+
 from longspan.errors import PoolExhaustedError, UsageError
+
+_CHARGING = threading.RLock()
+"""Held while bytes are counted: sessions come and go in several threads. A charge may collect a context that gives some
+back."""
 
 
 class Budget:
@@ -59,6 +65,10 @@ class Budget:
         Raises:
             PoolExhaustedError: a budget of the chain would be passed; nothing was counted.
         """
+        with _CHARGING:
+            self._charge(referred, memory)
+
+    def _charge(self, referred: int, memory: int) -> None:
         budget: Budget | None = self
         while budget is not None:
             more = memory if budget.parent is None else referred

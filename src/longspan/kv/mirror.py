@@ -65,6 +65,12 @@ class Mirror:
         assert self._rows is not None, "nothing was read yet"
         return self._rows.rows
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, room for more and those of a window included."""
+        near = 0 if self._near is None else self._near[1].nbytes
+        return near + (0 if self._rows is None else self._rows.rows.nbytes)
+
     def read(self, stop: int, rotated: Callable[[int, int], Tensor]) -> Tensor:
         """Return the keys `[1, Hkv, stop, D]` of the first tokens; `rotated(start, stop)` gives those that lack."""
         if self._rows is None or self.length < stop:

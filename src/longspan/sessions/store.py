@@ -72,7 +72,7 @@ class SessionStore(Changes):
         tokens: Sequence[int] | None = None,
         prefix_identity: Mapping[str, JSON] | None = None,
         versions: Mapping[str, str] | None = None,
-        kept: bool = True,
+        kept: bool | None = None,
         ttl: float | None = None,
     ) -> Path:
         """Commit a session and return its folder; what was saved under that name before is replaced.
@@ -92,8 +92,9 @@ class SessionStore(Changes):
                 where anything is unchanged, else none.
             prefix_identity: what such a request must agree with; None: `identity`.
             versions: of what wrote it, for people.
-            kept: whether it stays until it is removed; else it goes when there is no room, or its time is over.
-            ttl: seconds after its last use; None: no limit of time.
+            kept: whether it stays until it is removed; else it goes when there is no room, or its time is over. None:
+                as it was promised before, and what is new stays.
+            ttl: seconds after its last use; None: no limit of time, or as before.
 
         Raises UsageError for a name, a JSON value, a tensor or an unchanged group that can't be saved,
         SessionCorruptError if an unchanged group is damaged or the session is of a later version, and
@@ -125,6 +126,8 @@ class SessionStore(Changes):
                 else:
                     pages, chain = len(chain or ()), chain or []
                 now = datetime.now(UTC)
+                if kept is None:
+                    kept, ttl = (True, None) if before is None else (before.kept, before.ttl)
                 manifest = Manifest(
                     name,
                     now if before is None else before.created,
