@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = "attention-*.json"
 """Results of `longspan bench attention`, one a device and kind of inputs; each has a picture of its name."""
-FILES = ("README.md", "README.ru.md", "docs/results.md", "docs/compression.md", "docs/planning.md")
+FILES = ("README.md", "README.ru.md", "docs/results.md", "docs/compression.md", "docs/planning.md", "docs/citations.md")
 _PLACE = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -415,6 +415,22 @@ def attention() -> str:
     return _markdown(["mechanism", "reads", "is", "decode step", "options", "source"], rows)
 
 
+def sources() -> str:
+    """How often the sentence that holds the answer is named first, and what naming costs."""
+    found = json.loads((RESULTS / "sources-cpu.json").read_text(encoding="utf-8"))
+    rows = []
+    for one in found["table"]:
+        row = [f"`{one['mechanism']}`", f"{one['length']:,}", "", "", ""]
+        if "right" in one:
+            row[2] = f"{round(one['first'] * one['right'])} of {one['right']} ({one['low']:.0%} to {one['high']:.0%})"
+        if "absent" in one:
+            row[3] = f"{one['absent_named']} of {one['absent']} ({one['absent_unsupported']})"
+        if "ratio" in one:
+            row[4] = f"{one['ratio'] - 1:+.1%} of {one['decode_ms']:.0f} ms a token"
+        rows.append(row)
+    return _markdown(["mechanism", "tokens", "first, of right answers", "absent, named", "cost"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "needle": needle,
@@ -426,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ruler-mechanisms": ruler_mechanisms,
     "ruler-agreement": ruler_agreement,
     "compress-best": compress_best,
+    "sources": sources,
     "survey": survey,
     "attention": attention,
     "attention-speed": attention_speed,

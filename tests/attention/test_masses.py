@@ -1,4 +1,4 @@
-"""How much attention each token gets: the weights that give the mechanism's own output when values are summed by them."""
+"""How much attention each token gets: weights that sum values to the mechanism's own output."""
 
 import pytest
 import torch

@@ -24,6 +24,7 @@ KEYS = {
     "model",
     "finish_reason",
     "stopped_by",
+    "unsourced",
     "skipped",
     "notes",
 }
@@ -43,10 +44,10 @@ def test_json_has_all_keys_and_citations_are_slices(cli, home: Path, attention: 
     text = (home / "minutes.txt").read_text()
     assert answer["citations"]
     for citation in answer["citations"]:
-        assert set(citation) == {"doc", "start", "end", "text", "score", "chosen_by"}
+        assert set(citation) == {"doc", "start", "end", "text", "score", "chosen_by", "mass", "source"}
         assert citation["doc"] == "minutes.txt"
         assert citation["text"] == text[citation["start"] : citation["end"]] != ""
-        assert set(citation["chosen_by"].split("+")) <= {"heads", "lexical"}
+        assert set(citation["chosen_by"].split("+")) <= {"heads", "lexical", "attention"}
     assert answer["attention"] == attention
     assert answer["prefill_tokens_per_s"] > 0
     assert answer["time_to_first_token_s"] > 0

@@ -63,7 +63,7 @@ def test_sentences_are_ranked_by_words_where_no_head_looked(tiny):
     )
     chooser = Chooser(tiny)
     _, passages = chooser._cite(session, [Choice(0, 1.0, "lexical")], 1)
-    found = chooser._sentences(session, torch.zeros(len(session.tokens)), passages)
+    found = chooser.ranked(session, torch.zeros(len(session.tokens)), passages)
     chosen = Chosen([], [], _weighed(session, found, "What code has the gate?"))
     assert chosen.clear(session, 3, "What code has the gate?") == ["The gate of the yard has a code."]
 

@@ -4,8 +4,8 @@ Attention is linear in the values, `out_t = sum_j w_tj v_j`, so that the weights
 are taken from the mechanism itself: it attends, once more, to the same keys with a single number a token as value, and
 the gradient of a head's output by these numbers is that head's weights, summed over the queries. So a key that was not
 read has mass 0, whatever it holds; weights of spans that a gate mixes are counted as they were mixed; and a mean that
-stands for a block (tree) gives its mass to the block's tokens in equal parts. Choices (`topk`, routing) have no gradient.
-Dense attention takes a shorter way to the same numbers, for the heads that are asked about alone.
+stands for a block (tree) gives its mass to the block's tokens in equal parts. Choices (`topk`, routing) have no
+gradient. Dense attention takes a shorter way to the same numbers, for the heads that are asked about alone.
 
 A mechanism that remembers tokens in a state of its own (`Mechanism.memory`) can't be asked: what it reads there
 belongs to no token. It does not know which heads are worth asking, nor what the mass says of an answer.
@@ -103,7 +103,8 @@ def _reads_all(q: Tensor, kv: LayerKV, heads: Sequence[int], scale: float) -> Te
 @torch.inference_mode()
 def _own_keys(kv: LayerKV, stop: int) -> Tensor:
     """Pages write to a copy of their own as they rotate, which inference mode alone allows."""
-    return kv.keys_at_own_positions(0, stop)
+    keys: Tensor = kv.keys_at_own_positions(0, stop)
+    return keys
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -187,14 +188,16 @@ class _Told(LayerKV):
         """See `LayerKV`."""
         full = self._length // block
         if what == "mean_value":
-            return self.numbers[:, :, : full * block].unflatten(2, (full, block)).mean(3)
+            means: Tensor = self.numbers[:, :, : full * block].unflatten(2, (full, block)).mean(3)
+            return means
         with torch.inference_mode():
-            return self._kv.summary(what, block)[:, :, :full]
+            kept = self._kv.summary(what, block)
+        return kept[:, :, :full]
 
     def readable(self) -> Tensor | None:
         """See `LayerKV`."""
         with torch.inference_mode():
-            found = self._kv.readable()
+            found: Tensor | None = self._kv.readable()
         return None if found is None else found[: -(-self._length // PAGE)].clone()
 
     def keys_at_own_positions(self, start: int, stop: int) -> Tensor:

@@ -33,6 +33,7 @@ def ask(
     kv_tier: options.KVTier = None,
     weights: options.Weights = "auto",
     quote: options.Quote = True,
+    sources: options.Sources = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
@@ -69,6 +70,7 @@ def ask(
             kv_tier=kv_tier,
             weights=weights,
             quote=quote,
+            sources=sources,
             parallel=parallel,
         )
         closing.callback(llm.close)
@@ -128,6 +130,7 @@ def _as_json(answer: Answer, read: Stats, session: str | None, reading: Reading)
         "finish_reason": answer.finish_reason,
         "stopped_by": answer.stopped_by,
         "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in reading.skipped],
+        "unsourced": answer.unsourced or None,
         "quote": answer.quote.strip() or None,
         "notes": list(answer.notes),
     }

@@ -49,6 +49,7 @@ def chat(
     kv_tier: options.KVTier = None,
     weights: options.Weights = "auto",
     quote: options.Quote = True,
+    sources: options.Sources = True,
     session: options.SessionName = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
@@ -82,6 +83,7 @@ def chat(
             kv_tier=kv_tier,
             weights=weights,
             quote=quote,
+            sources=sources,
             parallel=parallel,
         )
         closing.callback(llm.close)

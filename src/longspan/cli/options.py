@@ -107,6 +107,13 @@ Quote = Annotated[
         help="Whether the text is quoted after an answer whose own words are not in it (never with --stop).",
     ),
 ]
+Sources = Annotated[
+    bool,
+    typer.Option(
+        "--sources/--no-sources",
+        help="Whether attention tells which sentences an answer was read from: the first passages it rests on.",
+    ),
+]
 SessionName = Annotated[
     str | None,
     typer.Option(

@@ -173,10 +173,11 @@ def passages(citations: Sequence[Citation], about: str, most: int | None = None)
     width = min(shutil.get_terminal_size().columns, 110)
     lines = ["", "Passages it rests on:"]
     for number, each in enumerate(citations[:most], 1):
-        by = each.chosen_by.replace("+", " and ")
-        lines.append(
-            f"{number:>3}. {each.doc}, characters {each.start:,} to {each.end:,} (score {each.score:.2f}, by {by})"
-        )
+        if each.source == "attention":
+            how = f"read for the answer with {each.mass:.0%} of the attention"
+        else:
+            how = f"score {each.score:.2f}, by {each.chosen_by.replace('+', ' and ')}"
+        lines.append(f"{number:>3}. {each.doc}, characters {each.start:,} to {each.end:,} ({how})")
         text = excerpt(each.text, about, _EXCERPT)
         lines.extend(textwrap.wrap(text, width, initial_indent=" " * 5, subsequent_indent=" " * 5))
     if most is not None and len(citations) > most:

@@ -88,6 +88,7 @@ def load(
     kv_tier: str | None = None,
     weights: str = "auto",
     quote: bool = True,
+    sources: bool = True,
     dtype: str | None = None,
     parallel: str | None = None,
 ) -> LLM:
@@ -115,6 +116,7 @@ def load(
         kv_tier=kv_tier,
         weights=weights,
         quote=quote,
+        sources=sources,
         parallel=parallel or ("auto" if settings.ranks() > 1 else None),
         say=progress.say,
     )

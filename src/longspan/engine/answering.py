@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from torch import Tensor
+
 from longspan.attention import Hints, Mechanism, make
-from longspan.engine import prompts, quoting, rereading
+from longspan.engine import prompts, quoting, rereading, sources
 from longspan.engine.choosing import Chosen
 from longspan.engine.contexts import Context
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
+from longspan.engine.sources import Noted
 from longspan.hf.model import CausalModel
+from longspan.retrieval.heads import RetrievalHeads
 from longspan.sessions.session import Session, Turn
 
 
@@ -47,7 +51,18 @@ class Prompted:
         try:
             self.context.truncate(self.before)
         finally:
-            self.context.hints = Hints()
+            self.context.hints, self.context.noted = Hints(), None
+
+    def note(self, heads: RetrievalHeads | None) -> None:
+        """Have these heads' queries noted from now on, for `mass`; None: nobody asks."""
+        self.context.noted = None if heads is None else Noted([layer for layer, _ in heads.heads])
+
+    def mass(self, heads: RetrievalHeads | None) -> Tensor | None:
+        """Return the attention mass of every token as what follows the prompt was written (`sources.mass`)."""
+        if heads is None or self.context.noted is None:
+            return None
+        count = self.context.length - self.before - len(self.tokens) + 1
+        return sources.mass(self.context, self.context.noted, heads, count)
 
     def room(self, wanted: int) -> tuple[int, list[str]]:
         """Return how many tokens an answer of `wanted` may have, before the prompt is read, and what to say of it."""

@@ -88,7 +88,7 @@ class Chooser:
                 words = torch.where(votes.sum(0) > 0, words, torch.zeros_like(words))
         pages = choose_pages(votes, count, words, LEXICAL_WEIGHT)
         citations, passages = self._cite(session, pages, reach)
-        found = self._sentences(session, mass.mean(0), passages)
+        found = self.ranked(session, mass.mean(0), passages)
         return Chosen(pages, citations, _weighed(session, found, question) if lexical else found)
 
     def pages_text(self, session: Session, first: int, last: int) -> list[Passage]:
@@ -119,11 +119,18 @@ class Chooser:
                 start, end = cited.add(passage, document.text)
                 if start < end:
                     text, score = document.text[start:end], round(choice.score, 4)
-                    citations.append(Citation(document.name, start, end, text, score, choice.by))
+                    source = "words" if choice.by == "lexical" else "retrieval"
+                    citations.append(Citation(document.name, start, end, text, score, choice.by, source=source))
         return citations, passages
 
-    def _sentences(self, session: Session, mass: Tensor, passages: list[Passage]) -> list[Sentence]:
-        """Return the sentences that the passages touch, by the attention that fell on them."""
+    def ranked(self, session: Session, mass: Tensor, passages: list[Passage]) -> list[Sentence]:
+        """Return the sentences that the passages touch, by the attention that fell on them.
+
+        Args:
+            session: whose documents they are of.
+            mass: `[N]`, of each token of the session's context.
+            passages: of its documents.
+        """
         found: dict[tuple[int, int], Sentence] = {}
         for passage in passages:
             document = session.documents[passage.document]

@@ -23,9 +23,16 @@ class Citation:
     end: int
     text: str
     score: float
-    """Share of the retrieval heads' attention (and of the lexical vote) on the page chosen, 0 to 1."""
+    """Share of the retrieval heads' attention (and of the lexical vote) on the page chosen, 0 to 1; `mass` where
+    attention names it."""
     chosen_by: str
-    """`heads`, `lexical` or `heads+lexical`."""
+    """`heads`, `lexical` or `heads+lexical`: who chose it for the question; `attention`: the answer was read there."""
+    mass: float | None = None
+    """Share of the retrieval heads' attention that fell on it while the answer was written, 0 to 1 (`sources.py`);
+    None: not known."""
+    source: str = "retrieval"
+    """What names it: `attention` (the answer was read there), `retrieval` (it was chosen for the question, by the
+    retrieval heads), `words` (chosen by its words alone)."""
 
 
 @dataclass
@@ -76,6 +83,8 @@ class Answer:
     quote: str = ""
     """What was added to `text` because the model's own words were not in what it read again or, where it read nothing
     again, in the passages cited; empty: nothing was."""
+    unsourced: str = ""
+    """Why attention names no sentence that the answer was read from; empty: it does, the first of `citations`."""
     stopped_by: str = ""
     """What `finish_reason` does not tell apart: `end` (the model ended it), `string` (a stop string), `length`,
     `cancelled`."""

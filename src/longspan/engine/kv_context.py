@@ -20,6 +20,7 @@ from longspan.engine.readers import Asked, Attending
 from longspan.engine.recurrence import SHARE, Recurrence
 from longspan.engine.repetition import repeat
 from longspan.engine.resolutions import Needs, demoted, settle
+from longspan.engine.sources import Noted
 from longspan.engine.stepper import AHEAD, TOGETHER, Stepper
 from longspan.errors import PoolExhaustedError
 from longspan.hf.attention import Reader
@@ -98,6 +99,8 @@ class KVContext(Context):
             self._masses = [PageMass() for _ in self.layers]
             for kv, mass in zip(self.layers, self._masses, strict=True):
                 kv.mass = mass
+        self.noted: Noted | None = None
+        """Notes queries while an answer is written; None: nobody asks."""
         self.hints = Hints()
         """What the mechanism is told at the next step: the pages chosen for a question."""
         self.prefill = prefill
@@ -363,6 +366,8 @@ class KVContext(Context):
             return None
         if self._stepper is None or self._stepper.mechanism != self.mechanism:
             self._stepper = Stepper(self.model, self.layers, self.mechanism)
+        if self.noted is not None:
+            self._stepper.note(self.noted.layers)
         return self._stepper
 
     def truncate(self, length: int) -> None:
@@ -393,6 +398,13 @@ class KVContext(Context):
         }
         found = token_mass(asked.queries, keys, sinks=heads.sinks if first == 0 else 0)
         return torch.nn.functional.pad(found, (first, 0))
+
+    @property
+    def untold(self) -> str:
+        """Why it can't be told which tokens an answer reads; empty: it can."""
+        if any(kv.memory is not None for kv in self.layers):
+            return f"{self.mechanism.name} remembers older tokens together, and reads none of them alone"
+        return ""
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Context`."""
@@ -438,6 +450,8 @@ class KVContext(Context):
             if steps is not None:
                 _, last, state = steps.run(chunk[0], 1, state)
                 out = last.unsqueeze(0)
+                if self.noted is not None:
+                    self.noted.after(steps)
             else:
                 out = self.model.forward(chunk, reader, logits=logits, state=state)
             self._count(chunk, state, owned=steps is not None)
@@ -578,8 +592,9 @@ class KVContext(Context):
 
     def _reader(self, mechanism: Mechanism, *, for_good: bool) -> Reader:
         """Return what happens in every layer when tokens are read, documents' or those that are taken back."""
+        reader: Reader = Attending(self.layers, mechanism, self.hints, self.model.trained)
         if self._asked is not None:
-            return self._asked.reader()
-        if self.kept is not None:
-            return self.kept.reader(learn=for_good)
-        return Attending(self.layers, mechanism, self.hints, self.model.trained)
+            reader = self._asked.reader()
+        elif self.kept is not None:
+            reader = self.kept.reader(learn=for_good)
+        return reader if self.noted is None else self.noted.over(reader)

@@ -20,7 +20,7 @@ import torch
 from longspan import settings
 from longspan.attention import Mechanism, make, parse
 from longspan.attention.retrieval import Retrieval
-from longspan.engine import answering, prompts, quoting, rereading, reuse, saving
+from longspan.engine import answering, prompts, quoting, rereading, reuse, saving, sources
 from longspan.engine.choosing import Chooser, Chosen
 from longspan.engine.contexts import Context, Most
 from longspan.engine.generation import Answer, Generation, Stats, decode
@@ -76,6 +76,7 @@ class LLM:
         kv_tier: str | TierLimits | None = None,
         weights: str = "auto",
         quote: bool = True,
+        sources: bool = True,
         store: SessionStore | None = None,
         reuse: bool = True,
         parallel: str | Ranks | None = None,
@@ -99,6 +100,7 @@ class LLM:
             weights: how weights are read in decode on a CPU: `auto`, `own` or `int8` (see `hf.loading.load`); a model
                 that is given knows it already.
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
+            sources: whether attention tells which sentences an answer was read from (docs/citations.md).
             store: where sessions are saved; None: the user's folder.
             reuse: whether documents that begin as a saved session does start from there, whichever session asks.
             parallel: how contexts lie over the ranks that torchrun started: `auto`, `sharded`, or ranks that were
@@ -135,7 +137,8 @@ class LLM:
         self.attention: Mechanism | None = chosen
         self._kv_format = None if kv == formats.AUTO else formats.format_of(kv, self.model.dtype).describe()
         self.kv_budget = Budget(kv_budget, "KV")
-        self.quote = quote
+        self.quote, self.sources = quote, sources
+        """Whether the text is quoted, and whether attention names sources (see above)."""
         self.store = store or SessionStore()
         self.reuse = reuse
         self._say = say
@@ -445,10 +448,8 @@ class LLM:
             prompted = answering.about_documents(self.model, session, chosen, question, session.turns)
             answer.citations, answer.pages = chosen.citations, [choice.page for choice in chosen.pages]
             answer.read_again = prompted.read_again
-            yield from self._write(prompted, params, answer, started)
-            if (
-                self._quotes(session.memory) and not params.stop
-            ):  # nothing may follow where the caller said where to stop
+            yield from self._write(prompted, params, answer, started, session, chosen)
+            if self._quotes(session.memory) and not params.stop:  # nothing may follow what the caller said to stop at
                 answer.quote, note = quoting.quotation(question, answer, prompted.best)
                 if answer.quote:
                     answer.text += answer.quote
@@ -458,18 +459,38 @@ class LLM:
             session.turns.append(Turn(question, answer.text.strip()))
 
     def _write(
-        self, prompted: answering.Prompted, params: SamplingParams, answer: Answer, started: float
+        self,
+        prompted: answering.Prompted,
+        params: SamplingParams,
+        answer: Answer,
+        started: float,
+        session: Session | None = None,
+        chosen: Chosen | None = None,
     ) -> Iterator[str]:
-        """Read a prompt after a context, write the answer, and take both back."""
+        """Read a prompt after a context, write the answer, name its sources, and take both back."""
         stats = answer.stats
         room, note = prompted.room(params.max_tokens)
         answer.notes += note
+        heads = None if session is None else self._asks(prompted.context, answer)
         with prompted as context:
+            prompted.note(heads)
             since = time.perf_counter()
             logits = context.step(prompted.tokens)
             stats.read_tokens, stats.read_seconds = len(prompted.tokens), time.perf_counter() - since
             stats.prompt_tokens = prompted.remembered + len(prompted.tokens)
             yield from decode(self.model, logits, context.step, params, answer, started, room)
+            mass = prompted.mass(heads) if stats.decoded_tokens else None
+        if mass is not None and session is not None and chosen is not None:
+            sources.name(answer, session, mass, prompted.tokens, self._chooser, chosen)
+
+    def _asks(self, context: KVContext, answer: Answer) -> RetrievalHeads | None:
+        """Return the heads whose attention names an answer's sources; None: none does, and the answer says why."""
+        if not self.sources:
+            return None
+        heads, answer.unsourced = None, context.untold
+        if not answer.unsourced and (heads := self.heads_or_none()) is None:
+            answer.unsourced = f"no retrieval heads are known of {self.model.name}"
+        return heads
 
     # --- parts ------------------------------------------------------------------------------------------------
 

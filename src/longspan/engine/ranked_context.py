@@ -65,6 +65,11 @@ class RankedContext(KVContext):
             self.number = ranks.add(self)
 
     @property
+    def untold(self) -> str:
+        """See `KVContext`."""
+        return "contexts over several ranks do not tell what was read"
+
+    @property
     def chunk(self) -> int:
         """See `Context`: every rank has its share."""
         return super().chunk * self.ranks.group.size

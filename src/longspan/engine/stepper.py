@@ -47,12 +47,29 @@ class Stepper:
             self._said = torch.zeros(TOGETHER, dtype=torch.int64, device=device)
             self._logits = torch.zeros(1, model.native.head.shape[0], dtype=torch.float32, device=device)
             self._make_states(device)
+        self._noted: dict[int, Tensor] = {}
+        self._scales: dict[int, float] = {}
         self._tables: list[Tensor] = []
         self._synced: list[tuple[int, int]] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_for: tuple[int, ...] = ()
         self._left: Tensor | None = None
         """A tensor of the state that the last step left: whoever brings it back need not have it copied in."""
+
+    def note(self, layers: Sequence[int]) -> None:
+        """Note these layers' queries in every step from now on (counted among those that attend)."""
+        if set(layers) <= set(self._noted):
+            return
+        sizes, device = self.model.dimensions, self.model.device
+        with torch.inference_mode(False):
+            for layer in layers:
+                shape = TOGETHER, sizes.query_heads, sizes.head_dim
+                self._noted.setdefault(layer, torch.zeros(shape, dtype=self.model.dtype, device=device))
+        self._graph = None  # it writes them from now on
+
+    def noted(self, layer: int, count: int) -> tuple[Tensor, float]:
+        """Return a layer's queries `[1, Hq, count, D]`, unrotated, of the last `count` steps run, and their scale."""
+        return self._noted[layer][:count].transpose(0, 1).unsqueeze(0).clone(), self._scales[layer]
 
     @staticmethod
     def serves(model: CausalModel, layers: Sequence[PagedKV], mechanism: Mechanism) -> bool:
@@ -135,6 +152,9 @@ class Stepper:
             q_weight=None if q_norm is None else q_norm.weight, k_weight=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.eps,
         )  # fmt: skip
+        if block.ordinal in self._noted:
+            self._scales[block.ordinal] = block.scale
+            self._noted[block.ordinal].index_copy_(0, self._count, q)
         searched, values = Held(kv.pool.keys, table), Held(kv.pool.values, table)
         keys = searched if rotated is None else Held(rotated)
         out = self.mechanism.step(q, keys, values, self._lengths + 1, scale=block.scale, searched=searched, turn=turn)

@@ -159,6 +159,7 @@ def ask(llm: LLM, task: Task, progress: Progress) -> Iterator[Row]:
         started = time.perf_counter()
         question = haystack.questions[key.question]
         answer = llm.ask(question.text, session, max_tokens=_ANSWER * len(question.needs))
+        chosen = [each for each in answer.citations if each.source != "attention"]
         spans = [haystack.spans[need] for need in question.needs]
         holding = [_pages(session, *span) for span in spans]
         row = Row(
@@ -169,8 +170,8 @@ def ask(llm: LLM, task: Task, progress: Progress) -> Iterator[Row]:
             right=question.right(answer.text),
             own_words=question.right(answer.own_words),
             ranked_first=bool(answer.pages) and any(answer.pages[0] in held for held in holding),
-            cited=all(any(c.start <= a and b <= c.end for c in answer.citations) for a, b in spans),
-            chosen_by=answer.citations[0].chosen_by if answer.citations else "",
+            cited=all(any(c.start <= a and b <= c.end for c in chosen) for a, b in spans),
+            chosen_by=chosen[0].chosen_by if chosen else "",
             attention=answer.attention,
             first_token_s=round(answer.stats.first_token_seconds, 3),
             answer=answer.text.strip(),
