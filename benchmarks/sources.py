@@ -63,11 +63,11 @@ def opened(llm: LLM, haystack: Haystack, specs: Sequence[str]) -> Session:
     return session
 
 
-def ask(llm: LLM, spec: str, session: Session, question: str, *, sources: bool = True) -> Answer:
-    """Answer a question by a mechanism over the same pages."""
-    session.memory.attend_by(parse(spec))
-    asked = LLM(llm.model, spec, quote=False, sources=sources)
-    return asked.ask(question, session, max_tokens=_ANSWER, stop=("\n",))
+def ask(llm: LLM, session: Session, question: str) -> Answer:
+    """Answer a question by an engine's mechanism over the same pages."""
+    assert llm.attention is not None, "engines here are made for a mechanism"
+    session.memory.attend_by(llm.attention)
+    return llm.ask(question, session, max_tokens=_ANSWER, stop=("\n",))
 
 
 def ranked(llm: LLM, specs: list[str], kind: str, length: int, seed: int, done: set[Any]) -> Iterator[dict[str, Any]]:
@@ -76,6 +76,7 @@ def ranked(llm: LLM, specs: list[str], kind: str, length: int, seed: int, done: 
     others = build(llm.model, kind, length, seed + _OTHER).questions
     session: Session | None = None
     numbered = list(enumerate(zip(haystack.questions, others, strict=False)))
+    engines = {spec: LLM(llm.model, spec, quote=False) for spec in specs}
     for absent, spec, (number, (own, other)) in itertools.product((False, True), specs, numbered):
         question = other if absent else own
         row = {"of": {"what": "sources"}, "mechanism": spec, "kind": kind, "length": length, "haystack": seed}
@@ -83,7 +84,7 @@ def ranked(llm: LLM, specs: list[str], kind: str, length: int, seed: int, done: 
         if key(row) in done or any(text in haystack.text for text in (question.answers if absent else ())):
             continue
         session = session or opened(llm, haystack, specs)
-        answer = ask(llm, spec, session, question.text)
+        answer = ask(engines[spec], session, question.text)
         named = [each for each in answer.citations if each.source == "attention"]
         holding = haystack.spans[own.needs[0]]
         first = bool(named) and not absent and named[0].start < holding[1] and named[0].end > holding[0]
@@ -104,12 +105,13 @@ def costs(llm: LLM, specs: list[str], length: int) -> Iterator[dict[str, Any]]:
     session = opened(llm, haystack, specs)
     for spec in specs:
         question = haystack.questions[-1].text
+        engines = {on: LLM(llm.model, spec, quote=False, sources=on) for on in (True, False)}
         seconds: dict[bool, list[float]] = {True: [], False: []}
         tokens = 0
         for turn in range(2 * _PAIRS + 2):
             sources = turn % 2 == (turn // 2) % 2  # A B, B A, A B: who comes first changes
             began = time.perf_counter()
-            answer = ask(llm, spec, session, question, sources=sources)
+            answer = ask(engines[sources], session, question)
             if turn >= 2:
                 seconds[sources].append(time.perf_counter() - began - answer.stats.first_token_seconds)
             tokens = answer.stats.decoded_tokens
