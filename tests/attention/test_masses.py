@@ -18,6 +18,7 @@ SPECS = {
     "retrieval": dict(window=33, sinks=3, read="place"),
     "sparse": dict(window=40, sinks=3),
     "quest": dict(budget=128, window=20, sinks=3, dense_layers=0),
+    "sparq": dict(budget=128, window=20, sinks=3, dense_layers=0),
     "tree": dict(beam=2, leaves=2, window=40),
     "superlinear": dict(window=70, spans=2, gate="joint"),
 }
