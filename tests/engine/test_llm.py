@@ -459,7 +459,7 @@ def test_heads_that_can_not_be_stored_are_used_all_the_same(tiny, text, tmp_path
     (tmp_path / "file").write_text("a file where the folder should be")
     monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path / "file"))
     found = RetrievalHeads(((1, 0), (2, 1)))
-    monkeypatch.setattr("longspan.engine.llm.calibrate", lambda model, progress: found)  # random weights have none
+    monkeypatch.setattr("longspan.engine.making.calibrate", lambda model, progress: found)  # random weights have none
     told = []
     llm = LLM(tiny, "retrieval:window=128,pages=2", say=told.append)
     assert llm.ask(QUESTION, with_text(llm, text), max_tokens=4).citations

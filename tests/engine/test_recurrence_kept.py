@@ -10,7 +10,7 @@ from recurrent import FAMILIES, HEADS, QUESTION, SPECS, close, new, plain_next, 
 
 from longspan import LLM
 from longspan.attention import make, parse
-from longspan.engine import kv_context
+from longspan.engine import kv_layers
 from longspan.engine.index_context import IndexContext
 from longspan.engine.kv_context import KVContext
 from longspan.errors import ModelError, PoolExhaustedError, SessionCorruptError, SessionMismatchError, UsageError
@@ -183,7 +183,7 @@ def test_cold_pages_are_demoted_beside_states(nemotron, tokens, often, monkeypat
     limit = free.nbytes * 3 // 5
     budget = Budget(limit, "KV")
     tight = KVContext(nemotron, tree, prefill, budget=budget)
-    monkeypatch.setattr(kv_context, "SHARE", 0.1)
+    monkeypatch.setattr(kv_layers, "SHARE", 0.1)
     tight.extend(tokens * 2)
     state = tight.recurrence.state_bytes
     assert budget.used == tight.nbytes <= limit

@@ -65,7 +65,7 @@ def test_steps_are_the_ordinary_path(models, tokens, family, spec):
 @pytest.mark.parametrize("spec", SPECS[:2])
 @pytest.mark.parametrize("family", ["nemotron_h", "llama"])
 def test_a_run_reads_the_likeliest_tokens(models, tokens, family, spec, monkeypatch):
-    monkeypatch.setattr("longspan.engine.kv_context.TOGETHER", 16)
+    monkeypatch.setattr("longspan.engine.kv_steps.TOGETHER", 16)
     native, _ = models[family]
     one, other = KVContext(native, parse(spec)), KVContext(native, parse(spec))
     for context in (one, other):

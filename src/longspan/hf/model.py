@@ -230,8 +230,19 @@ class CausalModel:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str
+        if self._backend is not None:  # what transformers' own `decode` calls, at a third of its time
+            text = self._backend.decode(list(tokens), skip_special_tokens=True)
+        else:
+            text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The tokenizer beneath transformers' face, where that adds nothing to it; None: it may."""
+        base = getattr(importlib.import_module("transformers"), "PreTrainedTokenizerFast", None)
+        own = base is not None and type(self.tokenizer)._decode is base._decode
+        return getattr(self.tokenizer, "backend_tokenizer", None) if own else None
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

@@ -45,6 +45,8 @@ class Job:
         """Note when it came; `changed` wakes the engine when it is cancelled."""
         self.request, self.submitted, self.cancelled = request, time.perf_counter(), False
         self.handle = Handle(self.cancel, request.n)
+        self.begun = False
+        """Whether its turn has come."""
         self.prepared: Prepared | None = None
         self.choices: list[Choice] = []
         """Answers that are being written."""

@@ -81,10 +81,10 @@ class Rounds:
             pass
         self._count_pages()
 
-    def go_round(self) -> int:
-        """Do a little of everything; returns how many requests have begun."""
+    def go_round(self) -> None:
+        """Do a little of everything."""
         self._drop_cancelled()
-        begun = self._admit()
+        self._admit()
         self._pace.answering = bool(self.writing)
         if self.reading:
             self._read()
@@ -92,7 +92,6 @@ class Rounds:
             self._write()
         self._settle()
         self._count()
-        return begun
 
     def settled(self) -> bool:
         """Whether something was saved that nobody has looked at yet."""
@@ -105,14 +104,13 @@ class Rounds:
 
     # --- who begins --------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> int:
-        begun = 0
+    def _admit(self) -> None:
         while (item := self.queue.take(self._fits)) is not None:
             if isinstance(item, Call):
                 item.work()
                 self.queue.done(item)
                 continue
-            begun += 1
+            item.begun = True
             self.metrics.queued.observe(time.perf_counter() - item.submitted)
             try:
                 session = self._session(item.session)
@@ -120,7 +118,6 @@ class Rounds:
                 self.reading.append(item)
             except Exception as error:
                 self._fail(item, error)
-        return begun
 
     def _fits(self, item: Job | Call) -> bool:
         if isinstance(item, Call):

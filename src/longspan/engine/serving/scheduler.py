@@ -32,14 +32,18 @@ class Scheduler:
     """Serves requests on one model. Its methods may be called from any thread."""
 
     def __init__(self, llm: LLM, *, limits: Limits | None = None) -> None:
-        """Take the model, which nobody else may use while this is started."""
+        """Take the model, which nobody else may use while this is started.
+
+        Raises:
+            UsageError: a model over several ranks.
+        """
+        if llm.ranks is not None:
+            raise UsageError("a model over several ranks answers one request at a time: serve with one process")
         self.llm, self.limits = llm, limits or Limits()
         self._there = threading.Condition()
         self._came: list[Job | Call] = []
         self._known: set[Job] = set()
         """Every request that has not ended."""
-        self._waiting = 0
-        """Those of them of which nothing was read yet."""
         self._metrics = Metrics()
         self._rounds = Rounds(llm, self.limits, self._metrics, self._ended, self._wake)
         self._beside: ThreadPoolExecutor | None = None
@@ -103,11 +107,10 @@ class Scheduler:
         with self._there:
             if self._closing:
                 raise BusyError("no requests are taken any more: ask again later", 5.0)
-            if self._waiting >= limits.queue:
+            if self._waiting() >= limits.queue:
                 self._metrics.refused += 1
                 raise BusyError(f"{limits.queue} requests wait already: ask again later", self._retry_after())
             self._known.add(job)
-            self._waiting += 1
         if self._thread is not None:
             self._prepare(job)
         return job.handle
@@ -141,7 +144,7 @@ class Scheduler:
     def metrics(self) -> Metrics:
         """Return a copy of the counters as they are now."""
         with self._there:
-            waiting = self._waiting
+            waiting = self._waiting()
         now = copy.deepcopy(self._metrics)
         now.waiting_now = waiting
         return now
@@ -151,6 +154,10 @@ class Scheduler:
     def _wake(self) -> None:
         with self._there:
             self._there.notify_all()
+
+    def _waiting(self) -> int:
+        """Return how many requests have not begun (the lock is held)."""
+        return sum(not job.begun for job in self._known)
 
     def _retry_after(self) -> float:
         """Return in how many seconds about a tenth of the queue will have moved on."""
@@ -174,7 +181,6 @@ class Scheduler:
         with self._there:
             if job.prepared is None:
                 job.end()
-                self._waiting -= 1
                 self._known.discard(job)
             else:
                 self._came.append(job)
@@ -198,10 +204,7 @@ class Scheduler:
                 came, self._came = self._came, []
             for each in came:
                 self._rounds.queue.put(each)
-            begun = self._rounds.go_round()
-            if begun:
-                with self._there:
-                    self._waiting -= begun
+            self._rounds.go_round()
 
     def _wanted(self) -> bool:
         """Whether there is something to do."""
