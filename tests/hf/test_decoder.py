@@ -165,3 +165,35 @@ def test_a_context_decodes_by_it(folder, dtype, monkeypatch):
     assert calls[-5:] == list(TOKENS) and calls.count(TOKENS[1]) == 1
     close = 1e-5 if dtype == torch.float32 else tolerance(dtype)
     assert float((logits[0] - logits[1]).abs().max() / logits[1].abs().max()) < close
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen2"])
+def test_few_tokens_and_several_sequences_are_those_of_one_after_another(kind):
+    made = model(kind)
+    found = OneToken.of(made, *HEADS)
+    one, few, rows = _Earlier(), _Causal(), [_Earlier(), _Earlier()]
+    with torch.inference_mode():
+        wanted = torch.cat([found(token, one, logits=True) for token in TOKENS])
+        torch.testing.assert_close(found.few(TOKENS, few, logits=5), wanted, atol=1e-4, rtol=1e-4)
+        assert found.few(TOKENS, _Causal(), logits=2).shape[0] == 2 and found.few(TOKENS, _Causal(), logits=0) is None
+        for i, token in enumerate(TOKENS):
+            beside = found.together((token, TOKENS[-1 - i]), _Beside(rows))
+            torch.testing.assert_close(beside[:1], wanted[i : i + 1], atol=1e-4, rtol=1e-4)
+
+
+class _Causal:
+    """A reader that attends causally to the tokens of one call, without positions."""
+
+    def attend(self, layer, q, k, v, scale):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+class _Beside:
+    """A reader for each row."""
+
+    def __init__(self, readers):
+        self.readers = readers
+
+    def attend(self, layer, q, k, v, scale):
+        parts = zip(self.readers, q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([reader.attend(layer, *part, scale) for reader, *part in parts])

@@ -36,6 +36,8 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+FEW = 32
+"""Tokens up to which modules take as long as the arithmetic, in a small model."""
 _TRIED = (3, 17)
 """Tokens on which a model's own modules are asked for the same result."""
 
@@ -136,6 +138,14 @@ class OneToken:
         out = self._run(self._embedding[torch.tensor(tokens)], reader, logits=True)
         assert out is not None, "who reads for several sequences reads to the end"
         return out
+
+    def few(self, tokens: Sequence[int], reader: Reader, *, logits: int) -> Tensor | None:
+        """Run a few tokens of one sequence through the layers: where modules would take as long as the arithmetic.
+
+        Arguments and results are those of `CausalModel.forward`.
+        """
+        out = self._run(self._embedding[torch.tensor(tokens)], _Row(reader), logits=bool(logits))
+        return None if out is None else out[-logits:]
 
     def _run(self, embedded: Tensor, reader: Reader, *, logits: bool) -> Tensor | None:
         h, batch = embedded.to(torch.float32, copy=True), embedded.shape[0]
@@ -250,6 +260,17 @@ def _product(linears: Sequence[nn.Linear], weights: str) -> Product:
         each.weight.data = rows[start : start + each.out_features]
         start += each.out_features
     return lambda x: multiply(rows, x, bias)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A reader of rows that are tokens of one sequence."""
+
+    reader: Reader
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(0, 2) for x in (q, k, v))  # [T, H, 1, D] to [1, H, T, D]
+        return self.reader.attend(layer, q, k, v, scale).transpose(0, 2)
 
 
 class _Earlier:

@@ -21,7 +21,7 @@ from longspan.attention.base import Shape
 from longspan.errors import ModelError
 from longspan.hf import hybrid, trained
 from longspan.hf.attention import Enough, Reader
-from longspan.hf.decoder import OneToken
+from longspan.hf.decoder import FEW, OneToken
 from longspan.hf.tokenizer import chat_of, hash_of
 from longspan.kv.rotary import Rotary
 
@@ -126,6 +126,9 @@ class CausalModel:
             return out
         if len(tokens) == 1 and self._one_token is not None:
             return self._one_token(tokens[0], reader, logits=bool(logits))
+        # Weights that were packed with loss are for answers: what documents are read with does not hang on chunks.
+        if len(tokens) <= FEW and self._weights != "int8" and self._one_token is not None:
+            return self._one_token.few(tokens, reader, logits=logits)
         given = self._inputs(tokens, reader)
         if self._hybrid is not None:
             assert state is not None, "a hybrid model reads on from a state"
