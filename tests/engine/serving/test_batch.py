@@ -64,9 +64,9 @@ def alone(context, token, count):
 def test_all_mechanisms_in_one_batch_say_what_they_say_alone(tiny, numbers):
     tokens = numbers[-len(SPECS) :]
     ours, theirs = (contexts_of(tiny, numbers) for _ in range(2))
-    said = together(tiny, ours, tokens, 70)
+    said = together(tiny, ours, tokens, 40)
     for i, context in enumerate(theirs):
-        assert said[i] == alone(context, tokens[i], 70), SPECS[i]
+        assert said[i] == alone(context, tokens[i], 40), SPECS[i]
         assert ours[i].tokens == context.tokens
 
 

@@ -112,7 +112,9 @@ def test_a_long_ingest_does_not_hold_up_a_chat_and_stops_where_it_is(serve, text
     assert next(event for event in long if isinstance(event, Done)).finish_reason == "cancelled"
     memory = scheduler.run(lambda llm, sessions: sessions["long"].memory, session="long").result(10)
     assert read <= memory.length < total and {kv.length for kv in memory.layers} == {memory.length}
-    assert memory.tokens == scheduler.llm._context_tokens(scheduler._rounds.sessions["long"], memory)[: memory.length]
+    assert (
+        memory.tokens == scheduler.llm._context_tokens(scheduler._rounds.held.sessions["long"], memory)[: memory.length]
+    )
     chat.cancel()
 
 

@@ -115,21 +115,29 @@ class Job:
         assert self.prepared is not None, "texts are tokens by now"
         if session is not None:
             self._session = session
-        for name, text, split in self.prepared.documents:
-            before = len(self._session.documents)
-            llm.add_text(self._session, text, name, split)
-            self.changed_session |= len(self._session.documents) > before
-        if self._session.documents:
-            stats, before = Stats(), 0
-            for done, total in llm.prefilling(self._session, stats, most=most):
-                self._tell(done, total)
-                if done > before:
-                    yield stats.read_tokens - before
-                before, self.left = stats.read_tokens, total - done
-            self._cached, self._read = stats.cached_tokens, stats.prompt_tokens
-            self.changed_session |= stats.read_tokens > 0
+        known = len(self._session.documents)
+        try:
+            for name, text, split in self.prepared.documents:
+                llm.add_text(self._session, text, name, split)
+            self.changed_session = len(self._session.documents) > known
+            if self._session.documents:
+                yield from self._read_documents(llm, most)
+        except LongspanError:
+            # Others would be read again, and fail again, before every answer.
+            llm.keep_documents(self._session, known)
+            raise
         if not self.request.reads_only:
             yield from self._read_prompt(llm, cached, most)
+
+    def _read_documents(self, llm: LLM, most: Most) -> Iterator[int]:
+        stats, before = Stats(), 0
+        for done, total in llm.prefilling(self._session, stats, most=most):
+            self._tell(done, total)
+            self.changed_session |= stats.read_tokens > 0
+            if stats.read_tokens > before:
+                yield stats.read_tokens - before
+            before, self.left = stats.read_tokens, total - done
+        self._cached, self._read = stats.cached_tokens, stats.prompt_tokens
 
     def _read_prompt(self, llm: LLM, cached: Cached, most: Most) -> Iterator[int]:
         prompted = self._prompt(llm, cached)

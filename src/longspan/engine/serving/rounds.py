@@ -12,18 +12,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from longspan.engine.kv_context import KVContext
 from longspan.engine.serving.batch import Batch
-from longspan.engine.serving.cached import Cached
 from longspan.engine.serving.choice import Choice
+from longspan.engine.serving.holdings import Holdings
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.metrics import Metrics
 from longspan.engine.serving.pace import Pace
 from longspan.engine.serving.queueing import WRITTEN, FairQueue
 from longspan.engine.serving.requests import Limits
 from longspan.errors import EngineError, LongspanError, PoolExhaustedError
-from longspan.kv.budget import size
-from longspan.sessions.session import Session
 
 if TYPE_CHECKING:
     from longspan.engine.llm import LLM
@@ -56,9 +53,7 @@ class Rounds:
         self.reading: list[Job] = []
         self.writing: list[Job] = []
         self.saving: list[tuple[Job, Future[None]]] = []
-        self.sessions: dict[str, Session] = {}
-        """In memory, by name; those used last at the end."""
-        self.cached = Cached(limits.cached)
+        self.held = Holdings(llm, limits)
         self._steps: dict[Job, Iterator[int]] = {}
         self._batch, self._pace = Batch(llm.model), Pace(limits.step_seconds)
         self._saver: ThreadPoolExecutor | None = None
@@ -73,12 +68,7 @@ class Rounds:
         """Let go of everything; `save`: once sessions with a name are saved."""
         if self._saver is not None:
             self._saver.shutdown()
-        for session in self.sessions.values():
-            if save and _unsaved(session):
-                self.llm.save(session)
-        self.sessions.clear()
-        while self.cached.shrink():
-            pass
+        self.held.clear(save=save)
         self._count_pages()
 
     def go_round(self) -> None:
@@ -92,6 +82,13 @@ class Rounds:
             self._write()
         self._settle()
         self._count()
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request under way after an error of ours, so that the next ones are served."""
+        for job in (*self.reading, *self.writing):
+            with suppress(Exception):
+                self._end(job, error)
+        self._batch = Batch(self.llm.model)
 
     def settled(self) -> bool:
         """Whether something was saved that nobody has looked at yet."""
@@ -113,8 +110,8 @@ class Rounds:
             item.begun = True
             self.metrics.queued.observe(time.perf_counter() - item.submitted)
             try:
-                session = self._session(item.session)
-                self._steps[item] = item.reading(self.llm, session, self.cached, self._pace.most)
+                session = self.held.session(item.session)
+                self._steps[item] = item.reading(self.llm, session, self.held.cached, self._pace.most)
                 self.reading.append(item)
             except Exception as error:
                 self._fail(item, error)
@@ -129,50 +126,7 @@ class Rounds:
         if len(self.reading) >= self.limits.reading and item.prepared.tokens > _SHORT:
             return False
         item.left = item.prepared.tokens
-        return self._has_memory(item)
-
-    def _has_memory(self, job: Job) -> bool:
-        """Whether the KV budget has room for all that a request may take, beside what others still may."""
-        if not self.llm.kv_budget.limited or job.cancelled:
-            return True
-        assert job.prepared is not None, "texts are tokens by now"
-        probe = self.llm.new_context(self.llm.without_documents())
-        assert isinstance(probe, KVContext), "what has no documents keeps its keys"
-        answers = job.request.n * min(job.request.params.max_tokens, self.llm.model.dimensions.window)
-        job.needs = probe.bytes_for(job.prepared.tokens) + probe.bytes_for(answers)
-        while True:
-            left = self.llm.kv_budget.left
-            assert left is not None, "the budget is limited"
-            others = (*self.reading, *self.writing)
-            spoken_for = sum(max(0, other.needs - sum(c.nbytes for c in other.contexts)) for other in others)
-            if job.needs <= left - spoken_for:
-                return True
-            if self.cached.shrink() or self._let_go(1, keep=job.session):
-                continue
-            if others or self.saving:
-                return False  # it waits for them
-            job.refused = PoolExhaustedError(
-                f"the request may need {size(job.needs)} of the KV budget, which has {size(left)} left: raise it "
-                "(--kv-budget), or ask for less text or fewer tokens"
-            )
-            return True
-
-    def _session(self, name: str | None) -> Session | None:
-        if name is None:
-            return None
-        session = self.sessions.pop(name, None) or self.llm.session(name)
-        self.sessions[name] = session
-        return session
-
-    def _let_go(self, count: int, keep: str | None = None) -> bool:
-        """Save and forget the sessions that were not used for longest and are free; returns whether there was one."""
-        free = [name for name in self.sessions if name not in self.queue.busy and name != keep][:count]
-        for name in free:
-            session = self.sessions[name]
-            if _unsaved(session):
-                self.llm.save(session)
-            del self.sessions[name]
-        return bool(free)
+        return self.held.has_room(item, (*self.reading, *self.writing), self.queue.busy)
 
     # --- reading and writing -----------------------------------------------------------------------------------------
 
@@ -279,20 +233,22 @@ class Rounds:
         try:
             for choice in job.choices:
                 self._left(job, choice)
-            job.close(self.cached)
+            job.close(self.held.cached)
         except Exception as wrong:
             error = error or wrong
+        name = job.session if job.changed_session and job.session in self.held.sessions else None
+        if name is not None:
+            self.held.changed.add(name)
         if error is not None:
             self._fail(job, error)
             return
-        session = self.sessions.get(job.session or "")
-        if session is None or not job.changed_session:
+        if name is None:
             self._over(job)
             return
         if not job.request.reads_only:
             job.end()  # an answer need not wait for the disk
         assert self._saver is not None, "begin() was not called"
-        future = self._saver.submit(self.llm.save, session)
+        future = self._saver.submit(self.held.save, name)
         self.saving.append((job, future))
         future.add_done_callback(lambda _: self._wake())
 
@@ -308,8 +264,9 @@ class Rounds:
             if error is not None and job.request.reads_only:
                 job.fail(error if isinstance(error, LongspanError) else self.internal(error))
             self._over(job)
-        if len(self.sessions) > self.limits.sessions:
-            self._let_go(len(self.sessions) - self.limits.sessions)
+        if (more := len(self.held.sessions) - self.limits.sessions) > 0:
+            with suppress(LongspanError):  # one that can't be saved is not forgotten
+                self.held.let_go(more, self.queue.busy)
 
     def _over(self, job: Job) -> None:
         job.end()
@@ -320,24 +277,12 @@ class Rounds:
 
     def _count(self) -> None:
         now = self.metrics
-        now.reading_now, now.sessions_now, now.cached_now = len(self.reading), len(self.sessions), len(self.cached)
+        now.reading_now, now.sessions_now = len(self.reading), len(self.held.sessions)
+        now.cached_now = len(self.held.cached)
         now.writing_now = sum(choice.reason is None for job in self.writing for choice in job.choices)
         if time.perf_counter() - self._looked > _COUNTED or not (self.reading or self.writing):
             self._count_pages()
 
     def _count_pages(self) -> None:
         self._looked = time.perf_counter()
-        contexts = [context for job in (*self.reading, *self.writing) for context in job.contexts]
-        contexts += [s.memory for s in self.sessions.values() if isinstance(s.memory, KVContext)]
-        contexts += self.cached.contexts
-        pools = {id(kv.pool): kv.pool for context in contexts for kv in context.layers}
-        found: dict[tuple[str, str], int] = {}
-        for pool in pools.values():
-            for place, count in pool.census().items():
-                found[place] = found.get(place, 0) + count
-        self.metrics.pages_now = found
-        self.metrics.kv_bytes_now = sum(context.nbytes for context in contexts)
-
-
-def _unsaved(session: Session) -> bool:
-    return session.name is not None and (session.memory is None or session.saved_length != session.memory.length)
+        self.metrics.pages_now, self.metrics.kv_bytes_now = self.held.pages((*self.reading, *self.writing))

@@ -130,7 +130,7 @@ class Scheduler:
         def call() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work(self.llm, self._rounds.sessions))
+                    future.set_result(work(self.llm, self._rounds.held.sessions))
                 except BaseException as error:
                     future.set_exception(error)
 
@@ -199,12 +199,15 @@ class Scheduler:
         while True:
             with self._there:
                 self._there.wait_for(self._wanted)
-                if self._closing and not self._known and not self._came:
+                if self._closing and not (self._known or self._came or len(self._rounds.queue)):
                     return
                 came, self._came = self._came, []
             for each in came:
                 self._rounds.queue.put(each)
-            self._rounds.go_round()
+            try:
+                self._rounds.go_round()
+            except Exception as error:
+                self._rounds.fail_all(error)
 
     def _wanted(self) -> bool:
         """Whether there is something to do."""
