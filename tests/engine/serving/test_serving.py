@@ -231,6 +231,15 @@ def test_turns_are_fair_among_keys():
     assert queue.take(lambda _: True) is first
 
 
+def test_who_does_not_fit_may_let_others_pass():
+    queue = FairQueue()
+    long, short = Item("a"), Item("a")
+    queue.put(long)
+    queue.put(short)
+    assert queue.take(lambda item: item is not long) is None
+    assert queue.take(lambda item: None if item is long else True) is short
+
+
 def test_a_session_is_kept_in_order():
     queue = FairQueue()
     one, two, other = Item("a", "s"), Item("a", "s"), Item("a")

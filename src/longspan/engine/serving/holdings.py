@@ -78,11 +78,12 @@ class Holdings:
         budget = self.llm.kv_budget
         if not budget.limited or job.cancelled:
             return True
-        assert job.prepared is not None, "texts are tokens by now"
-        probe = self.llm.new_context(self.llm.without_documents())
-        assert isinstance(probe, KVContext), "what has no documents keeps its keys"
-        answer = min(job.request.params.max_tokens, self.llm.model.dimensions.window)
-        job.needs = probe.bytes_for(job.prepared.tokens) + job.request.n * probe.bytes_for(answer)
+        if not job.needs:
+            assert job.prepared is not None, "texts are tokens by now"
+            probe = self.llm.new_context(self.llm.without_documents())
+            assert isinstance(probe, KVContext), "what has no documents keeps its keys"
+            answer = min(job.request.params.max_tokens, self.llm.model.dimensions.window)
+            job.needs = probe.bytes_for(job.prepared.tokens) + job.request.n * probe.bytes_for(answer)
         promised = sum(max(0, other.needs - sum(each.nbytes for each in other.contexts)) for other in others)
         while True:
             left = budget.left

@@ -70,27 +70,30 @@ class FairQueue(Generic[_Q]):
         self._waiting.get(item.key, deque()).remove(item)
         self._tidy(item.key)
 
-    def take(self, fits: Callable[[_Q], bool]) -> _Q | None:
+    def take(self, fits: Callable[[_Q], bool | None]) -> _Q | None:
         """Take out whose turn it is, of those whose session is free and that fit; None: nobody's.
 
-        What does not fit waits, and nobody of its key goes before it; other keys do.
+        Args:
+            fits: whether there is room for an item. False: it waits, and nobody of its key goes before it; None: it
+                waits, and those behind it may.
         """
-        first: dict[str, _Q] = {}
-        claimed = set(self.busy)
-        for key, items in self._waiting.items():
-            for item in sorted(items, key=lambda each: -each.priority):
-                if item.session is None or item.session not in claimed:
-                    first[key] = item
+        ordered = {key: sorted(items, key=lambda each: -each.priority) for key, items in self._waiting.items()}
+        for key in sorted(ordered, key=lambda key: (-ordered[key][0].priority, self._served[key])):
+            claimed = set(self.busy)
+            for item in ordered[key]:
+                if item.session is not None and item.session in claimed:
+                    continue
+                verdict = fits(item)
+                if verdict:
+                    self.remove(item)
+                    self._under_way[key] += 1
+                    if item.session is not None:
+                        self.busy.add(item.session)
+                    return item
+                if verdict is False:
                     break
-                claimed.add(item.session)  # later ones on it come after
-        for key in sorted(first, key=lambda key: (-first[key].priority, self._served[key])):
-            item = first[key]
-            if fits(item):
-                self.remove(item)
-                self._under_way[key] += 1
                 if item.session is not None:
-                    self.busy.add(item.session)
-                return item
+                    claimed.add(item.session)  # later ones on it come after
         return None
 
     def least_served(self, items: Iterable[_Q]) -> list[_Q]:

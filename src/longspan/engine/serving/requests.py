@@ -90,6 +90,13 @@ class Request:
                 raise UsageError(f"{name} is {count}: it must be from 0 to {MOST_LOGPROBS}")
 
     @property
+    def characters(self) -> int:
+        """Number of characters that are to be made tokens."""
+        told = [text for _, text in self.documents] + [self.text or ""]
+        told += [str(message.get("content")) for message in self.messages or ()]
+        return sum(map(len, told))
+
+    @property
     def reads_only(self) -> bool:
         """Whether nothing is to be written."""
         return self.messages is None and self.text is None and self.tokens is None

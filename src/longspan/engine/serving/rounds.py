@@ -116,7 +116,7 @@ class Rounds:
             except Exception as error:
                 self._fail(item, error)
 
-    def _fits(self, item: Job | Call) -> bool:
+    def _fits(self, item: Job | Call) -> bool | None:
         if isinstance(item, Call):
             return True
         assert item.prepared is not None, "texts are tokens by now"
@@ -124,7 +124,7 @@ class Rounds:
         if under_way and under_way + item.request.n > self.limits.sequences:
             return False
         if len(self.reading) >= self.limits.reading and item.prepared.tokens > _SHORT:
-            return False
+            return None  # short ones need not wait behind it
         item.left = item.prepared.tokens
         return self.held.has_room(item, (*self.reading, *self.writing), self.queue.busy)
 

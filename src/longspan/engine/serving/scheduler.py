@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from longspan.engine.llm import LLM
 
 _T = TypeVar("_T")
+_LONG = 20_000
+"""Characters of a long text."""
 
 
 class Scheduler:
@@ -46,7 +48,9 @@ class Scheduler:
         """Every request that has not ended."""
         self._metrics = Metrics()
         self._rounds = Rounds(llm, self.limits, self._metrics, self._ended, self._wake)
-        self._beside: ThreadPoolExecutor | None = None
+        self._short: ThreadPoolExecutor | None = None
+        self._long: ThreadPoolExecutor | None = None
+        """Where long texts become tokens, so that short ones do not wait behind them."""
         self._thread: threading.Thread | None = None
         self._closing = False
         self.ready = False
@@ -55,7 +59,7 @@ class Scheduler:
     def start(self) -> None:
         """Begin to serve."""
         assert self._thread is None, "started already"
-        self._beside = ThreadPoolExecutor(1, "longspan-texts")
+        self._short, self._long = (ThreadPoolExecutor(1, f"longspan-{kind}-texts") for kind in ("short", "long"))
         self._thread = threading.Thread(target=self._serve, name="longspan-engine", daemon=True)
         with self._there:
             self._closing = False
@@ -83,8 +87,9 @@ class Scheduler:
             return
         self._thread.join()
         self._thread = None
-        if self._beside is not None:
-            self._beside.shutdown()
+        for beside in (self._short, self._long):
+            if beside is not None:
+                beside.shutdown()
         self._rounds.close(save=save)
         self.ready = False
 
@@ -166,8 +171,9 @@ class Scheduler:
         return max(1.0, round(mean / 10, 1))
 
     def _prepare(self, job: Job) -> None:
-        assert self._beside is not None, "not started"
-        self._beside.submit(self._made, job)
+        beside = self._short if job.request.characters < _LONG else self._long
+        assert beside is not None, "not started"
+        beside.submit(self._made, job)
 
     def _made(self, job: Job) -> None:
         """Make tokens of a request's texts, and hand it to the engine."""
