@@ -25,7 +25,8 @@ from torch import Tensor
 
 from longspan.attention import Mechanism
 from longspan.engine.contexts import Context
-from longspan.engine.llm import LLM, context_mechanism
+from longspan.engine.llm import LLM
+from longspan.engine.making import context_mechanism
 from longspan.errors import PoolExhaustedError, SaveError, UsageError
 from longspan.sessions.session import Session
 
