@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ def main() -> None:
     result |= {
         "device": f"{os.cpu_count()} CPU cores, shared by server and clients",
         "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "longspan": longspan.__version__,
         "command": "python -m benchmarks.server_load",
     }

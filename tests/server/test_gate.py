@@ -26,7 +26,13 @@ def guarded(tiny, own_places):
     (own_places / "secret.txt").write_text("Nobody may read this.", encoding="utf-8")
     (folder / "link.txt").symlink_to(own_places / "secret.txt")
     options = ServerOptions(
-        keys=KEYS, hosts=("127.0.0.1",), documents=folder, body_bytes=50_000, upload_bytes=100_000, body_seconds=0.5
+        keys=KEYS,
+        hosts=("127.0.0.1",),
+        documents=folder,
+        body_bytes=50_000,
+        upload_bytes=100_000,
+        body_seconds=0.5,
+        send_seconds=0.5,
     )
     llm = LLM(tiny, "dense", store=SessionStore(own_places / "sessions"))
     with Live(llm, options, Limits(queue=2, sequences=1)) as made:
@@ -137,6 +143,25 @@ def test_a_client_that_leaves_stops_its_request(guarded):
         written = guarded.scheduler.metrics().written_tokens
         assert written - before < 300, "it went on to the end"
         before = written
+
+
+def test_a_client_that_reads_nothing_is_given_up(guarded):
+    how = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 900, "logit_bias": {"0": -100}}
+    data = json.dumps(body(guarded, **how)).encode()
+    with socket.socket() as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        made.connect(guarded.address)
+        made.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
+        until = time.perf_counter() + 15
+        while len(guarded.server.server_state.connections) > 1 and time.perf_counter() < until:
+            time.sleep(0.05)
+        assert len(guarded.server.server_state.connections) <= 1, "only the tests' own client is connected"
+    assert guarded.idle()
+    assert guarded.http.get("/v1/models").status_code == 200
 
 
 def test_a_full_queue_is_told_with_a_time(guarded):
