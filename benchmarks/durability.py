@@ -207,12 +207,15 @@ def flips(rig: Rig, count: int, rng: random.Random) -> dict[str, Any]:
     store.catalogue.close()
     path = store.catalogue.path
     data, found, harmless = path.read_bytes(), 0, 0
+    seal = path.with_name(path.name + ".seal")
+    sealed = seal.read_bytes()
     told = [(info.name, info.state, info.identity) for info in SessionStore(root).infos()]
     for _ in range(count):
         at, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
         for end in ("-wal", "-shm"):
             path.with_name(path.name + end).unlink(missing_ok=True)
         path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+        seal.write_bytes(sealed)  # made anew with the catalogue, where damage was found before
         other = SessionStore(root)
         if any(str(path) in problem.line() for problem in upkeep.verify(other)):
             found += 1

@@ -122,6 +122,9 @@ def failure(error: BaseException) -> int:
     if isinstance(error, LongspanError):
         say(f"longspan: {one_line(error)}")
         return _STOPPED if isinstance(error, Cancelled) else 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        say("longspan: there is no folder for temporary files that can be written to: set TMPDIR to one")
+        return 1
     if _of_memory(error):
         say("longspan: there is not enough memory: give less to read, a shorter length, or a smaller model")
         return 1

@@ -11,13 +11,14 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from longspan.sessions import files, records
+from longspan.sessions import files, records, seal
 
 FILE = ".catalogue.sqlite"
 VERSION = 1
@@ -90,6 +91,8 @@ class Catalogue:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._process = 0
+        self._end: Callable[[], object] | None = None
+        """Seals and closes the file, at the latest when the program ends."""
 
     def row(self, name: str) -> Row | None:
         """Return what is known of a session; None: nothing, or it is damaged."""
@@ -192,6 +195,9 @@ class Catalogue:
         try:
             with self._lock:
                 base = self._connect()
+                sealed = seal.problem(base, self.path)
+                if sealed is not None:
+                    raise sqlite3.DatabaseError(sealed)
                 told = [str(line) for (line,) in base.execute("PRAGMA integrity_check") if line != "ok"]
                 for held in base.execute("SELECT * FROM sessions"):
                     if Row.of(held) is None:
@@ -207,15 +213,15 @@ class Catalogue:
         """Remove the catalogue: it is made anew, use and hits being lost."""
         with self._lock:
             self.close()
-            files.discard([self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm", "-journal")])
+            ends = ("", "-wal", "-shm", "-journal", seal.SUFFIX)
+            files.discard([self.path.with_name(self.path.name + end) for end in ends])
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None and self._process == os.getpid():
-                with suppress(sqlite3.Error):
-                    connection.close()
+            self._connection = None
+            if self._end is not None:
+                self._end()
 
     def _write(self, base: sqlite3.Connection, row: Row) -> None:
         values = row.values()
@@ -229,12 +235,15 @@ class Catalogue:
                 base = self._connect() if self.path.parent.is_dir() else None
             except sqlite3.Error as error:
                 base = self._again(error)
-            nested = base is not None and base.in_transaction
+            nested, changes = base is not None and base.in_transaction, 0
             try:
                 if base is not None and not nested:
                     base.execute("BEGIN")
+                    changes = base.total_changes
                 yield base
                 if base is not None and not nested:
+                    if base.total_changes > changes:
+                        seal.count_up(base)
                     base.execute("COMMIT")
             except sqlite3.Error as error:
                 if nested:
@@ -284,4 +293,16 @@ class Catalogue:
             base.close()
             raise
         self._connection, self._process = base, os.getpid()
+        self._end = weakref.finalize(self, _end, base, self.path, self._process)
         return base
+
+
+def _end(base: sqlite3.Connection, path: Path, process: int) -> None:
+    """Close a file, sealed where this process has changed it; a child's copy of its parent's is left alone."""
+    if process != os.getpid():
+        return
+    with suppress(sqlite3.Error, OSError):
+        if base.total_changes:
+            seal.make(base, path)
+    with suppress(sqlite3.Error):
+        base.close()

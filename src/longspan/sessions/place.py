@@ -5,6 +5,7 @@ It does not write.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -34,7 +35,8 @@ class SessionPlace:
     def names(self) -> list[str]:
         """Return the names of all sessions, damaged ones included, in order. Raises SessionError."""
         try:
-            return sorted(path.name for path in self.root.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+            with os.scandir(self.root) as found:  # which knows of each whether it is a folder
+                return sorted(each.name for each in found if NAME.fullmatch(each.name) and each.is_dir())
         except FileNotFoundError:
             return []
         except OSError as error:
