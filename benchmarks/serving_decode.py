@@ -21,13 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from longspan import settings
 
-from longspan import LLM, SamplingParams
-from longspan.engine.serving import Delta, Done, Limits, Progress, Request, Scheduler
-from longspan.evals.arguments import guarded, say
-from longspan.evals.environment import environment
-from longspan.hf.loading import load
+settings.share_cores()  # before torch is imported
+
+import torch  # noqa: E402
+
+from longspan import LLM, SamplingParams  # noqa: E402
+from longspan.engine.serving import Delta, Done, Limits, Progress, Request, Scheduler  # noqa: E402
+from longspan.evals.arguments import guarded, say  # noqa: E402
+from longspan.evals.environment import environment  # noqa: E402
+from longspan.hf.loading import load  # noqa: E402
 
 _TINY = "tiny"
 _PROMPT, _TURNS = 64, 3

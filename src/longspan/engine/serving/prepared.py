@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longspan.engine.llm import Split
+from longspan.engine.reading import Split
 from longspan.engine.serving.requests import Request
 from longspan.errors import ContextTooLongError, UsageError
 from longspan.hf.model import CausalModel

@@ -12,6 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch
+
+from longspan import settings
 from longspan.engine.serving.batch import Batch
 from longspan.engine.serving.choice import Choice
 from longspan.engine.serving.holdings import Holdings
@@ -60,7 +63,13 @@ class Rounds:
         self._round, self._looked = 0, 0.0
 
     def begin(self) -> None:
-        """Look for what would hold up answers later."""
+        """Look for what would hold up answers later, and leave a core to the threads beside this one.
+
+        Where all cores compute, one that also runs an event loop or a client keeps the others waiting at the end of
+        every operation: on two cores a tiny model's step took 24 ms instead of one.
+        """
+        if self.llm.model.device.type == "cpu" and settings.threads() is None:
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         self._saver = ThreadPoolExecutor(1, "longspan-saves")
         self.llm.heads_or_none()
 

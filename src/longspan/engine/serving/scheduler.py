@@ -8,6 +8,7 @@ HTTP, how a request is worked on (`job.py`), whose turn it is (`queueing.py`), o
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from longspan.engine.llm import LLM
 
 _T = TypeVar("_T")
+_SWITCH = 0.0005
+"""Seconds for which a thread may keep the interpreter while another waits."""
 _LONG = 20_000
 """Characters of a long text."""
 
@@ -53,12 +56,16 @@ class Scheduler:
         """Where long texts become tokens, so that short ones do not wait behind them."""
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._switch = sys.getswitchinterval()
         self.ready = False
         """Whether the engine has begun to serve."""
 
     def start(self) -> None:
         """Begin to serve."""
         assert self._thread is None, "started already"
+        # The engine's thread gives the interpreter up in every operation: it must not wait 5 ms for it each time.
+        self._switch = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._switch, _SWITCH))
         self._short, self._long = (ThreadPoolExecutor(1, f"longspan-{kind}-texts") for kind in ("short", "long"))
         self._thread = threading.Thread(target=self._serve, name="longspan-engine", daemon=True)
         with self._there:
@@ -87,6 +94,7 @@ class Scheduler:
             return
         self._thread.join()
         self._thread = None
+        sys.setswitchinterval(self._switch)
         for beside in (self._short, self._long):
             if beside is not None:
                 beside.shutdown()
