@@ -18,7 +18,7 @@ class Pace:
     def __init__(self, seconds: float | None = None) -> None:
         """Take how long a chunk may hold up answers; None: as long as their steps suggest."""
         self._seconds, self._step = seconds, 0.0
-        self.tokens = 4 * LEAST
+        self.tokens = LEAST
         """Of a chunk while answers are written."""
         self.answering = False
         """Whether answers are being written."""
