@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plan_tables
+from benchmarks import parallel_tables, plan_tables
 from longspan.attention import mechanisms
 from longspan.bench.attention import report
 
@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = "attention-*.json"
 """Results of `longspan bench attention`, one a device and kind of inputs; each has a picture of its name."""
-FILES = ("README.md", "README.ru.md", "docs/results.md", "docs/compression.md", "docs/planning.md", "docs/citations.md")
+FILES = (
+    "README.md",
+    "README.ru.md",
+    "docs/results.md",
+    "docs/compression.md",
+    "docs/planning.md",
+    "docs/citations.md",
+    "docs/parallel_attention.md",
+)
 _PLACE = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -448,6 +456,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-speed": attention_speed,
     "attention-reached": attention_reached,
     **plan_tables.TABLES,
+    **parallel_tables.TABLES,
 }
 
 

@@ -94,8 +94,12 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def captured(calls: Sequence[Call]) -> tuple[Callable[[], None], list[Tensor]]:
+def captured(calls: Sequence[Call], *, mode: str = "global") -> tuple[Callable[[], None], list[Tensor]]:
     """Capture calls, one after another, in a CUDA graph; return what replays it and the tensors that it writes.
+
+    Args:
+        calls: what is captured.
+        mode: which threads may not touch the device meanwhile; `thread_local` where NCCL's own watch the ranks.
 
     Raises:
         RuntimeError: a call waits for the device or can't be captured for another reason.
@@ -107,7 +111,7 @@ def captured(calls: Sequence[Call]) -> tuple[Callable[[], None], list[Tensor]]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         outs = [call() for call in calls]
     return graph.replay, outs
 

@@ -108,12 +108,12 @@ def spread_attention(
         UsageError: tensors that don't fit the layout or each other.
         ParallelError: a rank stopped or did not answer.
     """
-    own = Layout((((first, first + q.shape[2]),),))
-    check(Group.alone(group.device), q, k, v, own, Layout((keys.runs[group.rank],)))
+    everywhere = Layout((((first, first + q.shape[2]),),) * group.size)
+    check(group, q, k, v, everywhere, keys)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=computed(q), device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=out.dtype, device=q.device)
-    for block in blocks(own, 0, keys, group.rank):
+    for block in blocks(everywhere, group.rank, keys, group.rank):
         rows, seen = slice(*block.queries), slice(*block.keys)
         part = attend_part(q[:, :, rows], k[:, :, seen], v[:, :, seen], scale=scale, causal=block.causal)
         merge_into(out[:, :, rows], lse[:, :, rows], *part)

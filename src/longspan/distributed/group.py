@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.distributed.merge import merged
+from longspan.distributed.placements import GATHERED
 from longspan.errors import ParallelError, UsageError
 from longspan.kernels.partial_attention import merge_partials
 
 TIMEOUT = 300.0
 """Seconds that a rank may take to answer."""
-GATHERED = 1 << 20
-"""Bytes that all ranks' partial outputs may have together to be gathered in one message; above, a tree halves them."""
 _GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 

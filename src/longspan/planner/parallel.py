@@ -1,23 +1,24 @@
-"""One context over several GPUs and nodes: named placements, each with what it computes and sends.
+"""One context over several GPUs and nodes: what placements compute and send (`distributed/placements.py`), in seconds.
 
 Times are a model of compute, links within a host and a network between hosts. Every rank holds its share of a context's
-keys and values; weights are held by all unless they are split. It knows no process groups: a placement is planned here
-whether or not it can be run yet.
+keys and values; weights are held by all unless they are split. It knows no process groups.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from longspan.errors import UnknownNameError, UsageError
+from longspan.distributed import placements
+from longspan.distributed.placements import PLACEMENTS, Laid, Placement, Sent
+from longspan.errors import UsageError
 from longspan.planner import times
 from longspan.planner.devices import NETWORK
 from longspan.planner.measured import Range, Source, plus
 from longspan.planner.memory import mechanism
-from longspan.planner.model import Model
 from longspan.planner.times import Work
+
+__all__ = ["PLACEMENTS", "Placement", "Ranks", "Sent", "decode", "fits", "placement", "prefill", "sent"]
 
 _LINK_SHARE, _NETWORK_SHARE = (0.6, 0.9), (0.5, 0.9)
 """Shares of a link's and a network's nominal bandwidth that large messages reach."""
@@ -46,109 +47,26 @@ class Ranks:
         return self.gpus * self.nodes
 
 
-@dataclass(frozen=True)
-class Sent:
-    """What a placement makes of one context."""
-
-    rank_tokens: int
-    """Tokens of context that a rank holds."""
-    steps: int
-    """Compute steps a layer."""
-    passes: int
-    """Times that each rank sends to others in a layer."""
-    bytes: float
-    """Bytes that a rank sends in prefill, in all layers."""
-    beside: bool
-    """Whether they are sent while it computes."""
-    attention: float
-    """Attention's FLOPs of one rank, as a share of one GPU's alone."""
-    rest: float
-    """All other FLOPs of prefill, likewise."""
-    decode_bytes: float
-    """Bytes that a rank sends for one decoded token."""
-    across: float = 0.0
-    """Bytes of those of prefill that the busiest rank sends to another node."""
+def sent(how: Placement, work: Work, ranks: Ranks) -> Sent:
+    """Return what a placement makes of a context (UsageError: star's anchor is longer than it)."""
+    return how.sends(
+        Laid(
+            tokens=work.n,
+            ranks=ranks.count,
+            per_node=ranks.gpus,
+            token_bytes=_token_bytes(work),
+            partials=tuple(4.0 * each.query_heads * (each.value_dim + 1) for each in work.model.attending
+                           if each.window is None),
+            concurrent=work.concurrent,
+            anchor=ranks.anchor,
+        )
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A way to lay one context over ranks."""
-
-    name: str
-    about: str
-    exact: bool
-    """Whether results are those of one GPU with the same mechanism."""
-    suits: tuple[str, ...]
-    """The mechanisms that it distributes; (): what is read is looked for on every rank, so those that search."""
-    sends: Callable[[Work, Ranks], Sent]
-
-
-def _kv_bytes(work: Work, tokens: float) -> float:
-    """Return the bytes of the keys and values of so many tokens in all layers that see the whole context."""
+def _token_bytes(work: Work) -> float:
+    """Return the bytes of one token's keys and values in all layers that see the whole context."""
     number = work.own if work.kv in ("bf16", "fp16", "fp32") else 1.0
-    return tokens * number * work.model.token_numbers()
-
-
-def _partials(model: Model) -> float:
-    """Return the bytes of one query's partial outputs and their log-sum-exps in all layers, in float32."""
-    return sum(4.0 * each.query_heads * (each.value_dim + 1) for each in model.attending if each.window is None)
-
-
-def _merge(work: Work, ranks: Ranks) -> float:
-    """Return the bytes that a rank sends to merge one token's partial outputs: a tree of log2 steps."""
-    return work.concurrent * math.ceil(math.log2(max(2, ranks.count))) * _partials(work.model)
-
-
-def _ring(work: Work, ranks: Ranks) -> Sent:
-    p = ranks.count
-    own = -(-work.n // p)
-    sent = (p - 1) * _kv_bytes(work, own)
-    # Every block passes between two nodes over the one adapter of the GPU that stands at the edge.
-    across = sent if ranks.nodes > 1 else 0.0
-    return Sent(own, p, p - 1, sent, True, 1 / p, 1 / p, _merge(work, ranks), across)
-
-
-def _context_parallel(work: Work, ranks: Ranks) -> Sent:
-    p = ranks.count
-    own = -(-work.n // p)
-    sent = (p - 1) * _kv_bytes(work, own)
-    # A node fetches what other nodes hold once, by all of its adapters together.
-    across = (p - ranks.gpus) / ranks.gpus * _kv_bytes(work, own)
-    return Sent(own, 1, 1, sent, False, 1 / p, 1 / p, _merge(work, ranks), across)
-
-
-def _star(work: Work, ranks: Ranks) -> Sent:
-    p = ranks.count
-    own = -(-work.n // p)
-    anchor = own if ranks.anchor is None else ranks.anchor
-    if anchor > work.n:
-        raise UsageError(f"an anchor of {anchor:,} tokens is longer than the context: give at most {work.n:,}")
-    anchor = anchor if p > 1 else 0
-    # The anchor is read by every rank together with its own block; nothing is sent until a question comes.
-    seen = anchor + own
-    return Sent(own, 1, 0, 0.0, True, (seen / work.n) ** 2, seen / work.n, _merge(work, ranks))
-
-
-def _sharded(work: Work, ranks: Ranks) -> Sent:
-    p = ranks.count
-    own = -(-work.n // p)
-    # Every query's candidates are scored where they lie; scores of its choice and partial outputs travel.
-    sent = own * (p - 1) / p * 2 * _partials(work.model)
-    across = sent * (ranks.nodes - 1) / ranks.nodes
-    return Sent(own, 1, 2, sent, False, 1 / p, 1 / p, 2 * _merge(work, ranks), across)
-
-
-PLACEMENTS = {
-    each.name: each
-    for each in (
-        Placement("ring", "keys and values go round, beside compute", True, ("dense", "xattention"), _ring),
-        Placement("context_parallel", "every rank gathers all keys and values of a layer", True, ("dense",),
-                  _context_parallel),
-        Placement("star", "anchor and own block, then questions merge over all ranks", False, ("dense",), _star),
-        Placement("sharded", "every rank searches its own tokens; outputs are merged", True, (), _sharded),
-    )
-}  # fmt: skip
-"""By name, in the order in which they are tried."""
+    return number * work.model.token_numbers()
 
 
 def placement(name: str, attention: str) -> Placement:
@@ -161,9 +79,7 @@ def placement(name: str, attention: str) -> Placement:
     kind = attention.partition(":")[0]
     if name == "auto":
         name = "ring" if kind in PLACEMENTS["ring"].suits else "sharded"
-    if name not in PLACEMENTS:
-        raise UnknownNameError(f"unknown placement {name!r}: use one of auto, {', '.join(PLACEMENTS)}")
-    found = PLACEMENTS[name]
+    found = placements.placement(name)
     if not fits(found, attention):
         suiting = [each.name for each in PLACEMENTS.values() if fits(each, attention)]
         advice = f"use {' or '.join(suiting)}" if suiting else "use one GPU"
@@ -183,20 +99,20 @@ def fits(found: Placement, attention: str) -> bool:
 
 def prefill(work: Work, ranks: Ranks, how: Placement) -> Range:
     """Return the seconds of reading one context over ranks."""
-    sent = how.sends(work, ranks)
-    part = replace(work, n=max(1, round(sent.rest * work.n)))
+    told = sent(how, work, ranks)
+    part = replace(work, n=max(1, round(told.rest * work.n)))
     compute = plus(
-        _scaled(times.prefill_attention(work), sent.attention),
+        _scaled(times.prefill_attention(work), told.attention),
         # Weights are read by every rank, and each computes its own tokens.
         times.prefill_rest(part),
     )
-    return _together(compute, _sending(sent.bytes, sent.across, ranks, work), sent.beside)
+    return _together(compute, _sending(told.bytes, told.across, ranks, work), told.beside)
 
 
 def decode(work: Work, ranks: Ranks, how: Placement) -> Range:
     """Return the seconds of one decode step over ranks."""
-    sent = how.sends(work, ranks)
-    share = replace(work, n=sent.rank_tokens)
+    told = sent(how, work, ranks)
+    share = replace(work, n=told.rank_tokens)
     rest = times.decode_rest(work)
     if ranks.split:
         rest = _scaled(rest, 1 / ranks.count)
@@ -205,7 +121,7 @@ def decode(work: Work, ranks: Ranks, how: Placement) -> Range:
     return plus(
         times.decode_attention(share),
         rest,
-        _sending(sent.decode_bytes, sent.decode_bytes if ranks.nodes > 1 else 0.0, ranks, work),
+        _sending(told.decode_bytes, told.decode_bytes if ranks.nodes > 1 else 0.0, ranks, work),
         Range(wait / 2, 2 * wait),
     )
 

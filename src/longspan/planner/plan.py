@@ -264,7 +264,7 @@ def planned(given: Asked) -> Plan:
     else:
         prefill = parallel.prefill(given.work, given.ranks, given.placement)
         step = parallel.decode(given.work, given.ranks, given.placement)
-        sent = given.placement.sends(given.work, given.ranks)
+        sent = parallel.sent(given.placement, given.work, given.ranks)
     return Plan(given, given.memory(), prefill, step, sent, tuple(_notes(given)))
 
 

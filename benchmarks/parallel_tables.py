@@ -1,0 +1,94 @@
+"""The tables of docs/parallel_attention.md: what the planner's model expects of one layer over several GPUs.
+
+They are computed before anyone has run them, and beside them stands what `longspan.bench.parallel` has measured, where
+a result is committed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan_tables import markdown
+from longspan.lengths import short
+from longspan.planner import devices, parallel, times
+from longspan.planner.measured import Range
+from longspan.planner.memory import GPU_CHUNK
+from longspan.planner.model import Attention, Layer, Model
+from longspan.planner.parallel import PLACEMENTS, Ranks
+from longspan.planner.times import Work
+from longspan.planner.words import size, time
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEADS, KV_HEADS, DIM = 32, 8, 128
+LAYER = Model("layer", "", 4096, 1, [Layer(Attention(HEADS, KV_HEADS, DIM, DIM), None, None, 0, 1)], 1, 1, 0, None)
+CASES = (
+    *((n << 10, 2, 1) for n in (128, 256, 512, 1024, 2048)),
+    (1 << 20, 8, 1),
+    (10 << 20, 8, 8),
+)
+"""Tokens, GPUs of a node, nodes."""
+
+
+def predictions() -> str:
+    """One layer's prefill and decode step on H100, by the planner's model."""
+    rows = []
+    for n, gpus, nodes in CASES:
+        for name in ("ring", "context_parallel", "star"):
+            ranks = Ranks(gpus, nodes, anchor=min(32 << 10, n // (gpus * nodes)) if name == "star" else None)
+            work = Work(LAYER, n, "dense", "bf16", "bf16", 1, devices.device("h100"), GPU_CHUNK)
+            sent = parallel.sent(PLACEMENTS[name], work, ranks)
+            prefill = parallel.prefill(work, ranks, PLACEMENTS[name])
+            alone = times.prefill_attention(work)
+            rates = [sent.attention * 4 * HEADS * DIM * n**2 / 2 / each / 1e12 for each in (prefill.high, prefill.low)]
+            anchor = f", anchor {_length(ranks.anchor)}" if ranks.anchor else ""
+            rows.append(
+                [
+                    _length(n), f"{nodes} x {gpus}", name + anchor,
+                    size(sent.bytes), time(prefill), f"{rates[0]:.0f} to {rates[1]:.0f}",
+                    f"{alone.middle / prefill.middle:.3g}", time(_decode(work, ranks, name)),
+                ]
+            )  # fmt: skip
+    head = ["tokens", "nodes x GPUs", "scheme", "sent by a GPU", "prefill", "TFLOP/s a GPU", "times one GPU", "decode"]
+    return markdown(head, rows)
+
+
+def _decode(work: Work, ranks: Ranks, name: str) -> Range:
+    """Return a decode step of attention alone: no weights are read."""
+    whole = parallel.decode(work, ranks, PLACEMENTS[name])
+    rest = times.decode_rest(work)
+    return Range(max(0.0, whole.low - rest.low), max(0.0, whole.high - rest.high))
+
+
+def _length(n: int) -> str:
+    return f"{n >> 20}Mi" if n % (1 << 20) == 0 else f"{n >> 10}Ki" if n % (1 << 10) == 0 else short(n)
+
+
+def measured() -> str:
+    """Every committed result of `longspan.bench.parallel`."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("parallel-*.json"))]
+    return "\n".join(map(_result, found)) if found else "No result is committed yet.\n"
+
+
+def _result(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        line = [row["what"], _length(row["length"]), row["scheme"]]
+        if "skipped" in row:
+            rows.append([*line, row["skipped"], "", "", "", "", ""])
+            continue
+        rate, peak = row.get("tflops_per_rank"), row.get("peak_bytes")
+        rows.append(
+            [
+                *line, time(Range(row["low"], row["high"])), f"{rate:.0f}" if rate else "",
+                f"{100 * row['efficiency']:.0f}%", f"{row['speedup']:.2f}", size(row["sent_bytes"]),
+                size(peak) if peak else "",
+            ]
+        )  # fmt: skip
+    head = ["what", "tokens", "scheme", "time", "TFLOP/s a GPU", "of one GPU's rate", "times one GPU", "sent", "memory"]
+    about = f"{result['ranks']} x {result['device']}, {result['dtype']}, torch {result['torch']}; `{result['command']}`"
+    return markdown(head, rows) + f"\n{about}\n"
+
+
+TABLES = {"parallel-predictions": predictions, "parallel-measured": measured}
