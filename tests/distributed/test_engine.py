@@ -15,14 +15,13 @@ from longspan.errors import LongspanError, ParallelError, SessionCorruptError, U
 from longspan.hf.loading import load
 from longspan.retrieval import heads
 
-SPECS = ("dense", "superlinear:window=80,spans=2", "tree:window=70,leaves=4,beam=2", "streaming:window=100,sinks=4")
 WORDS = (
     "harbour board met code gate key lantern ferry pier Oslo Riga Tom Lise spare nobody asked May the of a in 7 12 315"
 )
 ASKED = ("Where is the key?", "What of the gate?")
 
 
-def text(words=700):
+def text(words=350):
     chosen = random.Random(5).choices(WORDS.split(), k=words)
     return "The code of the gate is 7315. " + " ".join(chosen)
 
@@ -35,26 +34,27 @@ def model(folder):
     return made
 
 
-def engine(group, folder, spec, place):
+def engine(group, folder, spec, place, placement="auto"):
     """An engine over the group's ranks, and on rank 0 another over none; None on others, once they were let go."""
     os.environ.update(LONGSPAN_CACHE=f"{place}/cache", LONGSPAN_SESSIONS=f"{place}/sessions", LONGSPAN_THREADS="1")
     contexts.CHUNK = 128
-    over = LLM(model(folder), spec, parallel=Ranks(group))
+    over = LLM(model(folder), spec, parallel=Ranks(group, placement))
     return None if over.follow() else (over, LLM(model(folder), spec))
 
 
 def answers(llm, name):
     session = llm.session(name)
-    llm.add_text(session, text())
+    # A tree has two levels above its pages from 1088 tokens on, and units on every rank from 2048 on.
+    llm.add_text(session, text(700 if llm.attention.name == "tree" else 350))
     llm.prefill(session)
     found = [llm.ask(question, session, max_tokens=6) for question in ASKED]
     llm.save(session)
     return session.memory.length, [(answer.text, answer.pages) for answer in found]
 
 
-def read_and_restore(group, folder, spec, place):
+def read_and_restore(group, folder, spec, place, placement):
     """What both engines answer, each having read itself, and then from what the other has saved."""
-    engines = engine(group, folder, spec, place)
+    engines = engine(group, folder, spec, place, placement)
     if engines is None:
         return None
     over, alone = engines
@@ -81,20 +81,30 @@ def folder(tmp_path_factory):
     return str(save_model(tmp_path_factory.mktemp("ranked") / "tiny", max_position_embeddings=1024))
 
 
-@pytest.mark.parametrize(("spec", "size"), list(zip(SPECS, (3, 3, 3, 2), strict=True)) + [(SPECS[1], 2)])
-def test_answers_and_sessions_are_those_of_one_rank(ranks, folder, tmp_path, spec, size):
-    over, alone, *restored = ranks.run(read_and_restore, folder, spec, str(tmp_path), size=size)[0]
+@pytest.mark.parametrize(
+    ("spec", "size", "placement"),
+    [
+        ("dense", 3, "ring"),
+        ("dense", 2, "sharded"),
+        ("superlinear:window=80,spans=2", 3, "auto"),
+        ("tree:window=70,leaves=4,beam=2", 3, "auto"),
+        ("streaming:window=100,sinks=4", 2, "auto"),
+    ],
+)
+def test_answers_and_sessions_are_those_of_one_rank(ranks, folder, tmp_path, spec, size, placement):
+    over, alone, *restored = ranks.run(read_and_restore, folder, spec, str(tmp_path), placement, size=size)[0]
     assert over == alone
     assert restored == [alone, alone]
 
 
 def taken_back(group, folder, place):
-    engines = engine(group, folder, SPECS[1], place)
+    engines = engine(group, folder, "superlinear:window=80,spans=2", place)
     if engines is None:
         return None
     over, alone = engines
     try:
         tokens, found = model(folder).tokens(text()), []
+        assert len(tokens) > 903
         for llm in (over, alone):
             context = llm.new_context(llm.attention)
             context.extend(tokens[:700])
@@ -117,8 +127,40 @@ def test_tokens_are_taken_back_on_all_ranks(ranks, folder, tmp_path):
     assert ranks.run(taken_back, folder, str(tmp_path), size=3)[0] < 1e-3
 
 
+def with_states(group, folder, place):
+    """How far logits over ranks are from one rank's, on a model with recurrent layers, and of a restored context."""
+    engines = engine(group, folder, "superlinear:window=80,spans=2", place)
+    if engines is None:
+        return None
+    over, alone = engines
+    try:
+        tokens, found, saved = model(folder).tokens(text())[:600], [], {}
+        for llm in (over, alone):
+            context = llm.new_context(llm.attention)
+            context.extend(tokens[:500])
+            saved = saved or context.tensors()
+            context.step(tokens[500:510])
+            context.truncate(500)
+            found.append(context.step(tokens[510:600]))
+        for llm in (over, alone):
+            context = llm.new_context(llm.attention)
+            context.restore(tokens[:500], saved)
+            found.append(context.step(tokens[510:600]))
+        return [float((logits - found[1]).abs().max()) for logits in found]
+    finally:
+        over.close()
+
+
+def test_recurrent_states_are_those_of_one_rank(ranks, tmp_path):
+    from tiny_hybrid import save_hybrid
+
+    folder = str(save_hybrid(tmp_path / "hybrid", "nemotron_h"))
+    found = ranks.run(with_states, folder, str(tmp_path), size=3)[0]
+    assert max(found) < 2e-4, found
+
+
 def damaged(group, folder, place):
-    engines = engine(group, folder, SPECS[0], place)
+    engines = engine(group, folder, "dense", place)
     if engines is None:
         return None
     over, alone = engines
@@ -151,7 +193,7 @@ def lost(group, folder, place):
     if group.rank:
         shared.word.hear()
         os._exit(1)
-    llm = LLM(model(folder), SPECS[0], parallel=shared)
+    llm = LLM(model(folder), "dense", parallel=shared)
     session = llm.session()
     llm.add_text(session, text(100))
     told = []

@@ -97,7 +97,8 @@ Parallel = Annotated[
     typer.Option(
         "--parallel",
         metavar="HOW",
-        help="How a context lies over several GPUs (see docs/distributed.md). Default: auto.",
+        help="How a context is read over several GPUs: sharded, ring, or auto (see docs/distributed.md). "
+        "Example: --gpus 2 --parallel ring.",
     ),
 ]
 Quote = Annotated[

@@ -96,6 +96,8 @@ def load(
     from longspan import settings
 
     limit = None if kv_budget is None else bytes_of(kv_budget)
+    if parallel is not None and settings.ranks() == 1:
+        raise UsageError("--parallel is for several GPUs: give --gpus N, or start longspan with torchrun")
 
     progress.busy(f"loading {model or settings.default_model()}")
     from longspan.engine.llm import LLM

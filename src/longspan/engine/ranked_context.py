@@ -1,9 +1,8 @@
 """The context whose keys and values lie on several ranks.
 
-A long chunk of documents is split: each rank runs its own neighbouring tokens through the layers, and in every layer
-queries, keys and values of the chunk are gathered, each rank attends from all queries to its own part of the context,
-and outputs go back to the rank that asked (`attention/sharded.py`). A question and decode are run by every rank: only
-attention is shared, and every rank has the same logits. Whatever is done is done on all ranks in step (`ranks.py`).
+A long chunk of documents is split: each rank runs its own tokens through the layers, and in every layer queries go to
+the keys or keys go round (`ranked_reader.py`). A question and decode are run by every rank: only attention is shared,
+and every rank has the same logits. Whatever is done is done on all ranks in step (`ranks.py`).
 """
 
 from __future__ import annotations
@@ -16,17 +15,15 @@ import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism, mechanisms, parse
-from longspan.attention.sharded import attend
-from longspan.distributed.group import Group
 from longspan.distributed.layer import ShardKV
 from longspan.engine.contexts import Layer, Tick, kv_head
 from longspan.engine.kv_context import KVContext
 from longspan.engine.memory_plan import MemoryPlan
+from longspan.engine.ranked_reader import Over
 from longspan.engine.ranks import Ranks
 from longspan.engine.readers import Asked
 from longspan.errors import ParallelError, SessionCorruptError, UsageError
 from longspan.hf.model import CausalModel
-from longspan.hf.trained import Trained
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.retrieval.choose import token_mass
@@ -125,7 +122,7 @@ class RankedContext(KVContext):
         """See `Context`: every rank looks at its own keys, and shares are of all of them."""
         with self._together("mass", question=list(question), heads=heads.to_json()):
             before, group = self.length, self.ranks.group
-            asked = Asked(_Over(self.parts, self.mechanism, self.hints, self.model.trained, group, before, None), heads)
+            asked = Asked(Over(self.parts, self.mechanism, self.hints, self.model.trained, group, before), heads)
             try:
                 self.model.forward(question, asked, state=self.recurrence.state())
             finally:
@@ -203,14 +200,15 @@ class RankedContext(KVContext):
         with self._together("add", tokens=chunk, logits=logits, mechanism=by, pages=list(self.hints.chosen_pages)):
             before, group = self.length, self.ranks.group
             # A recurrent state goes through the text token by token: every rank then runs them all.
-            whole = mechanism is None or logits > 0 or bool(self.recurrence.spec)
-            split = None if whole else self.ranks.split(len(chunk))
-            start = 0 if split is None else sum(split[: group.rank])
-            own = chunk if split is None else chunk[start : start + split[group.rank]]
+            by_all = mechanism is None or logits > 0 or bool(self.recurrence.spec)
+            reads = mechanism or self.mechanism
+            shape = self.model.dimensions.shape(self.model.dtype.itemsize)
+            ring = not by_all and self.ranks.rings(reads, shape, len(chunk), before)
+            split = None if by_all else self.ranks.split(len(chunk), before, ring=ring)
+            own = chunk if split is None else [chunk[at - before] for at in split.positions(group.rank).tolist()]
             state = self.recurrence.state()
-            reader = _Over(
-                self.parts, mechanism or self.mechanism, self.hints, self.model.trained, group, before, split
-            )
+            trained, ring = self.model.trained, ring and split is not None
+            reader = Over(self.parts, reads, self.hints, trained, group, before, split, ring=ring)
             try:
                 out = self.model.forward(own, reader, logits=logits, state=state)
                 self._count(chunk, state)
@@ -237,37 +235,6 @@ class RankedContext(KVContext):
 
     def _together(self, work: str, **details: Any) -> Any:
         return self.ranks.together(work, context=self.number, **details)
-
-
-class _Over:
-    """A reader that appends to every layer's pages, on the ranks that hold them, and attends over all ranks."""
-
-    def __init__(
-        self, parts: Sequence[ShardKV], mechanism: Mechanism, hints: Hints, trained: Trained, group: Group, first: int,
-        split: Sequence[int] | None,
-    ) -> None:  # fmt: skip
-        """Take every layer's parts, what the mechanism is told, the first token's position, and who runs which."""
-        self.parts, self.mechanism, self.hints, self.trained = parts, mechanism, hints, trained
-        self.group, self.first, self.split = group, first, split
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See `hf.attention.Reader`; q, k and v are of this rank's tokens."""
-        part = self.parts[layer]
-        if self.split is not None:
-            q, k, v = (_whole(x, self.split, self.group) for x in (q, k, v))
-        part.append(k, v)
-        hints = Hints(None, self.hints.chosen_pages, layer, self.trained.layer(layer))
-        return attend(
-            self.mechanism, q, part.rows, self.group, first=self.first, scale=scale, hints=hints, split=self.split
-        )
-
-
-def _whole(x: Tensor, split: Sequence[int], group: Group) -> Tensor:
-    """Return the rows of all ranks, `[1, H, T, D]`, from this rank's."""
-    most = max(split)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[2]))
-    every = group.gather(padded)
-    return torch.cat([every[rank, :, :, :count] for rank, count in enumerate(split)], 2)
 
 
 def check(mechanism: Mechanism, prefill: Mechanism | None) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from longspan.attention import Mechanism, parse
+from longspan.attention import Mechanism, Shape, parse
 from longspan.distributed.follow import Word
 from longspan.distributed.group import Group
+from longspan.distributed.layout import Layout, contiguous, zigzag
 from longspan.distributed.shards import ShardRotary, Shards
-from longspan.errors import LongspanError, ParallelError, UsageError
+from longspan.errors import LongspanError, ParallelError, UnknownNameError, UsageError
 from longspan.hf.model import CausalModel
 from longspan.kv.rotary import Rotary
 from longspan.kv.undisturbed import Undisturbed
@@ -25,6 +26,9 @@ from longspan.kv.undisturbed import Undisturbed
 if TYPE_CHECKING:
     from longspan.engine.ranked_context import RankedContext
 
+PLACEMENTS = ("auto", "sharded", "ring")
+"""How a chunk of documents is attended from: queries go to the keys (`sharded`, any mechanism that can), keys go round
+(`ring`, dense attention; others are sharded), or for each chunk what sends less (`auto`)."""
 LEAST = 16
 """Tokens of a chunk for each rank from which on they are split: fewer are run by every rank."""
 
@@ -32,9 +36,20 @@ LEAST = 16
 class Ranks:
     """The ranks of one engine."""
 
-    def __init__(self, group: Group, *, own: bool = False) -> None:
-        """Take the ranks, all of which do so; `own`: nobody else talks to them, so that the end of work ends them."""
-        self._own = own
+    def __init__(self, group: Group, placement: str = "auto", *, own: bool = False) -> None:
+        """Take the ranks; all of them do so.
+
+        Args:
+            group: the ranks.
+            placement: one of `PLACEMENTS`.
+            own: whether nobody else talks to them, so that the end of work ends them.
+
+        Raises:
+            UnknownNameError: no such placement.
+        """
+        if placement not in PLACEMENTS:
+            raise UnknownNameError(f"unknown --parallel {placement!r}: use one of {', '.join(PLACEMENTS)}")
+        self.placement, self._own = placement, own
         self.group, self.host = group, group.host()
         """For tensors where the model is, and in host memory."""
         self.word = Word(self.host)
@@ -59,12 +74,24 @@ class Ranks:
             self._rotaries[key] = ShardRotary(whole, shards)
         return self._rotaries[key]
 
-    def split(self, count: int) -> list[int] | None:
-        """Return how many tokens of a chunk each rank runs through the layers, in order; None: each runs all."""
+    def split(self, count: int, first: int, *, ring: bool) -> Layout | None:
+        """Return which tokens of a chunk, from `first` on, each rank runs through the layers; None: each runs all."""
         size = self.group.size
         if count < LEAST * size:
             return None
-        return [count * (rank + 1) // size - count * rank // size for rank in range(size)]
+        # Queries that go to the keys are the same work wherever they come from; keys that go round meet more of the
+        # later ones.
+        return zigzag(count, size, first) if ring else contiguous(count, size, first)
+
+    def rings(self, mechanism: Mechanism, shape: Shape, count: int, first: int) -> bool:
+        """Return whether keys go round for a chunk of `count` tokens behind `first` others, instead of queries."""
+        if self.placement == "sharded" or not mechanism.exact:
+            return False
+        if self.placement == "ring":
+            return True
+        # Of a query q and the output in float32 travel, of a key it and its value: the fewer bytes.
+        queries = count * shape.query_heads * (shape.head_dim * shape.kv_bytes + 4 * (shape.value_dim + 1))
+        return (first + count) * shape.token_bytes < queries
 
     def add(self, context: RankedContext) -> int:
         """Count a context among those that all ranks hold, and return its number."""
@@ -154,4 +181,4 @@ def join(placement: str, device: str = "auto") -> Ranks | None:
         ParallelError: the others did not come.
     """
     group = Group.start(None if device == "auto" else device.partition(":")[0])
-    return None if group.size == 1 else Ranks(group, own=True)
+    return None if group.size == 1 else Ranks(group, placement, own=True)
