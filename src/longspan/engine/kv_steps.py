@@ -65,6 +65,11 @@ class KVSteps(KVLayers):
         return self._stepper
 
     @property
+    def steps_alone(self) -> bool:
+        """Whether a token is read by `step` alone, in no batch with other contexts'."""
+        return False
+
+    @property
     def reads_rows(self) -> bool:
         """Whether the next token attends to every key and value that is held, as it is held, and to nothing else."""
         return (

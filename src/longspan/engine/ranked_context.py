@@ -71,6 +71,16 @@ class RankedContext(KVContext):
         """See `Context`: every rank has its share."""
         return super().chunk * self.ranks.group.size
 
+    @property
+    def steps_alone(self) -> bool:
+        """See `KVContext`: other ranks must be told."""
+        return True
+
+    @property
+    def reads_rows(self) -> bool:
+        """See `KVContext`: rows lie on other ranks too."""
+        return False
+
     def reserve(self, tokens: int) -> MemoryPlan | None:
         """See `KVContext.reserve`: nothing is set aside."""
         return None

@@ -50,6 +50,10 @@ class Batch:
                 return contexts[0].step(list(tokens)).unsqueeze(0), {}
             except Exception as error:
                 return torch.empty(1, 0), {0: error}
+        alone = [place for place, context in enumerate(contexts) if context.steps_alone]
+        if alone:
+            together = [place for place in range(len(contexts)) if place not in alone]
+            return self._one_by_one(contexts, tokens, [*([together] if together else []), *([i] for i in alone)])
         places = {id(context): place for place, context in enumerate(contexts)}
         for context in contexts:
             self._put(context)
@@ -80,6 +84,21 @@ class Batch:
         logits = rows.new_empty(len(contexts), rows.shape[1])
         logits[order] = rows
         return logits, failed
+
+    def _one_by_one(
+        self, contexts: Sequence[KVContext], tokens: Sequence[int], groups: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, dict[int, Exception]]:
+        """Step groups of contexts, given by their places, one after the other; the result is that of `step`."""
+        found: dict[int, Tensor] = {}
+        failed: dict[int, Exception] = {}
+        for group in groups:
+            rows, lacks = self.step([contexts[place] for place in group], [tokens[place] for place in group])
+            failed |= {group[row]: error for row, error in lacks.items()}
+            found |= {place: rows[row] for row, place in enumerate(group) if row not in lacks}
+        if not found:
+            return torch.empty(len(contexts), 0), failed
+        like = next(iter(found.values()))
+        return torch.stack([found.get(place, like.new_zeros(like.shape)) for place in range(len(contexts))]), failed
 
     def length(self, context: KVContext) -> int:
         """Return the number of tokens that a context has read, whether its pages hold them yet or not."""
