@@ -8,7 +8,7 @@ SUPERLINEAR = ("--attention", "superlinear:window=80,spans=2", "--max-tokens", "
 def test_a_context_over_two_processes_is_answered_from_and_saved(cli, longspan, tiny_model, tmp_path):
     note = tmp_path / "note.txt"
     note.write_text(" ".join(f"Parcel {i} lies in hall {i * 7 % 13}." for i in range(40)))
-    asked = ("ask", "Where is parcel 9?", "--model", str(tiny_model), *SUPERLINEAR, "--json")
+    asked = ("ask", "Where is parcel 9?", "--model", str(tiny_model), *SUPERLINEAR, "--json", "--no-sources")
     over = longspan(*asked, "--doc", str(note), "--gpus", "2", "--session", "halls")
     assert over.returncode == 0, over.stderr
     found = json.loads(over.stdout)

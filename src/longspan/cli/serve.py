@@ -39,6 +39,8 @@ def serve(
     kv_tier: options.KVTier = None,
     weights: options.Weights = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", metavar="N", help="0: any that is free.")] = 8000,
     api_key_file: Annotated[
@@ -74,6 +76,10 @@ def serve(
 
     Ctrl-C (or SIGTERM) stops it: answers under way may finish, and sessions are saved.
     """
+    work.spread(gpus)
+    if work.follows():
+        work.follow(model, attention, device, prefill=prefill, weights=weights, parallel=parallel)
+        return
     keys = _keys(api_key_file)
     try:
         from longspan.server import listening
@@ -93,7 +99,7 @@ def serve(
     with Progress() as progress:
         llm = work.load(
             model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, kv_tier=kv_tier,
-            weights=weights,
+            weights=weights, parallel=parallel,
         )  # fmt: skip
         # Looking for them takes as long as reading some documents: not while others wait for their answers.
         llm.heads_or_none()
@@ -102,7 +108,10 @@ def serve(
 
     url = listening.url_of(socket)
     app = create_app(Scheduler(llm, limits=limits), settings, grace=grace)
-    listening.listen(app, socket, grace=grace, ready=lambda: _greet(url, llm, settings, insecure))
+    try:
+        listening.listen(app, socket, grace=grace, ready=lambda: _greet(url, llm, settings, insecure))
+    finally:
+        llm.close()
     output.say("longspan: stopped; sessions are saved")
 
 

@@ -25,6 +25,7 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
         UsageError: more processes than GPUs.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -40,4 +41,6 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
         main(["--standalone", "--nproc-per-node", str(count), "--module", module, *arguments])
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))
+    except SignalException as error:
+        return 128 + int(error.sigval)  # as a shell tells it
     return 0

@@ -8,6 +8,8 @@ different places. It does not know what is read: `ranked_context.py` does.
 
 from __future__ import annotations
 
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +137,10 @@ class Ranks:
         Raises:
             ParallelError: rank 0, or another, is gone.
         """
+        if threading.current_thread() is threading.main_thread():
+            # Rank 0 gets the same signals, and says what becomes of the work; if it is gone, so is the connection.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         while True:
             work, details = self.word.hear()
             for number in details.pop("closed"):
