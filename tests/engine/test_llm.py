@@ -392,7 +392,7 @@ def test_citations_are_the_documents_own_words(make_llm, text, spec):
     seen = set()
     for citation in answer.citations:
         assert citation.text and held[citation.doc][citation.start : citation.end] == citation.text
-        assert citation.chosen_by in ("heads", "lexical", "heads+lexical")
+        assert citation.chosen_by in ("heads", "lexical", "heads+lexical", "attention")
         assert 0 < citation.score <= 1
         characters = {(citation.doc, at) for at in range(citation.start, citation.end)}
         assert not characters & seen, "a passage is told twice"
