@@ -178,6 +178,8 @@ def name(
 ) -> None:
     """Put the sentences that an answer was read from before its other citations, or say that none stands out.
 
+    Nothing is told twice: what overlaps with what stands before it is left out.
+
     Args:
         answer: as it was written.
         session: that it is about.
@@ -195,7 +197,14 @@ def name(
     named = standing_out(found)
     if not named:
         answer.unsourced = "no sentence stands out in what the answer was read from"
-    answer.citations = [*_cited(session, named), *others]
+    answer.citations = []
+    for each in [*_cited(session, named), *others]:
+        if not any(_overlap(each, told) for told in answer.citations):
+            answer.citations.append(each)
+
+
+def _overlap(one: Citation, other: Citation) -> bool:
+    return one.doc == other.doc and one.start < other.end and other.start < one.end
 
 
 def _mass_of(cited: Citation, session: Session, mass: Tensor) -> float:
