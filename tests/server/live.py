@@ -18,17 +18,19 @@ from longspan.server.serving import ServerOptions
 class Live:
     """A context manager around a running server."""
 
-    def __init__(self, llm: Any, options: ServerOptions | None = None, limits: Limits | None = None) -> None:
-        self.llm = llm
+    def __init__(
+        self, llm: Any, options: ServerOptions | None = None, limits: Limits | None = None, *, grace: float = 5
+    ) -> None:
+        self.llm, self.grace = llm, grace
         self.scheduler = Scheduler(llm, limits=limits)
-        self.app = create_app(self.scheduler, options, grace=5)
+        self.app = create_app(self.scheduler, options, grace=grace)
         self.key = options.keys[0] if options and options.keys else "none"
 
     def __enter__(self) -> Live:
         self.socket = listening.bound("127.0.0.1", 0)
         self.url = listening.url_of(self.socket)
         up = threading.Event()
-        self.server: Any = listening.server(self.app, grace=5, ready=up.set)
+        self.server: Any = listening.server(self.app, grace=self.grace, ready=up.set)
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self._thread.start()
         assert up.wait(20), "the server did not start"

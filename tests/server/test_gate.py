@@ -85,6 +85,12 @@ def test_pages_of_other_sites_are_refused(guarded):
     assert guarded.http.get("/v1/models", headers={"Origin": guarded.url}).status_code == 200
 
 
+def test_what_is_written_is_sent_at_once(guarded):
+    guarded.http.get("/health")
+    sockets = [each.transport.get_extra_info("socket") for each in list(guarded.server.server_state.connections)]
+    assert sockets and all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
+
+
 @pytest.mark.parametrize("path", ["../secret.txt", "link.txt", "/etc/passwd", "nothing.txt", "a\0b", "."])
 def test_no_path_leads_out_of_the_folder(guarded, path):
     guarded.http.post("/v1/sessions", json={"name": "paths"})

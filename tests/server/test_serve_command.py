@@ -114,3 +114,28 @@ def test_asked_to_stop_an_answer_finishes_and_sessions_are_saved(tiny, own_place
     with pytest.raises(OSError):
         socket.create_connection(live.address, timeout=1)
     assert SessionStore(own_places / "sessions").show("kept").state["documents"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_stopped_in_the_middle_a_client_is_told_and_what_was_read_is_saved(tiny, own_places, twice):
+    store, name = SessionStore(own_places / "sessions"), f"middle-{twice}"
+    live, answers = Live(LLM(tiny, "dense", store=store), grace=30 if twice else 1), []
+    with live:
+        live.http.post("/v1/sessions", json={"name": name, "documents": [{"name": "gate", "text": TEXT}]})
+        body = {"documents": [{"name": "long", "text": "".join(f"Pier {i} is shut. " for i in range(20_000))}]}
+
+        def read():
+            answers.append(live.http.post(f"/v1/sessions/{name}/documents", json=body))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        while not live.scheduler.metrics().reading_now:
+            time.sleep(0.005)
+        asked = time.perf_counter()
+        live.server.handle_exit(signal.SIGTERM, None)
+        if twice:
+            live.server.handle_exit(signal.SIGTERM, None)
+        thread.join()
+    assert time.perf_counter() - asked < 15, "it waited on"
+    assert answers[0].status_code == 503 and answers[0].json()["error"]["type"] == "server_error", answers[0].text
+    assert [each["name"] for each in store.show(name).state["documents"]] == ["gate", "long"]

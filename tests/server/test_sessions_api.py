@@ -45,6 +45,7 @@ def test_a_session_from_beginning_to_end(live):
 def test_a_session_goes_back(live):
     made(live, "back", documents=[{"text": TEXT}])
     ask(live, "back")
+    live.http.post("/v1/sessions/back/save")  # an answer does not wait for the disk, this does
     before = live.llm.store.commits("back")[-1][0]
     live.http.post("/v1/sessions/back/documents", json={"documents": [{"name": "more", "text": "The pier is shut."}]})
     assert len(live.http.get("/v1/sessions/back").json()["documents"]) == 2

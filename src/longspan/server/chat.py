@@ -52,7 +52,7 @@ def request_of(body: ChatRequest, serving: Serving, key: str) -> Request:
     }
     if body.session_id is not None:
         messages = [{"role": message.role, "content": message.content or ""} for message in body.messages]
-        return Request(messages=messages, session=body.session_id, **common)
+        return Request(messages=messages, session=body.session_id, makes_session=False, **common)
     called = body.tools if body.tools and body.tool_choice != "none" else []
     text = prompting.rendered(serving.model, body.messages, called)
     return Request(text=text, constraint=_constraint(body, serving), **common)

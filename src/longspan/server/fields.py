@@ -47,7 +47,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 class Strict(BaseModel):
     """A part of a body, in which every field is known."""
 
-    model_config = ConfigDict(extra="forbid")
+    # Only texts that are checked for something are checked to be text: half of a surrogate pair is none.
+    model_config = ConfigDict(extra="forbid", str_max_length=2**40)
 
 
 class Asked(Strict):

@@ -86,6 +86,8 @@ class Gate:
             await self.app(scope, body.receive, sending)
         except ApiError as error:
             body.refusal = error
+        except asyncio.CancelledError:  # whoever listens is leaving, and the time of grace is over
+            body.refusal = ApiError(503, "the server is shutting down: ask again later", headers={"Retry-After": "5"})
         except ConnectionAbortedError:
             pass  # the client reads nothing: the response ends unfinished, and the connection with it
         except Exception as error:
@@ -133,7 +135,7 @@ def _check_origin(headers: Sequence[tuple[bytes, bytes]], hosts: Sequence[str]) 
     """Refuse pages of other sites: a browser on this machine reaches a local server, whoever wrote the page."""
     found = {name: value.decode("latin-1") for name, value in headers if name in (b"host", b"origin")}
     host = found.get(b"host", "")
-    if hosts and _name(host) not in hosts:
+    if hosts and _name(host).lower() not in hosts:
         raise ApiError(421, f"this server is not {host[:100]!r}: use {hosts[0]}", code="wrong_host")
     origin = found.get(b"origin")
     if origin is not None and _place(origin) != host:

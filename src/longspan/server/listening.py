@@ -55,10 +55,11 @@ def bound(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
         raise UsageError(f"--port {port} is no port: give one from 1 to 65535 (0: any that is free)")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {host!r} is no address of this machine: try 127.0.0.1") from error
-    made = socket.socket(family, kind)
+    # asyncio sends small writes at once (TCP_NODELAY) only where the protocol is told: else an answer takes 40 ms more.
+    made = socket.socket(family, kind, protocol)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
@@ -115,12 +116,21 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._tell = ready
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if not self.should_exit:
             self._tell()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Leave; asked again, end what is under way at once, but save in any case, unlike uvicorn's own."""
+        if self.should_exit and self._loop is not None:
+            for task in list(self.server_state.tasks):
+                self._loop.call_soon_threadsafe(task.cancel)
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

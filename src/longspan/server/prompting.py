@@ -37,6 +37,11 @@ def _by_template(model: CausalModel, messages: list[dict[str, Any]], tools: list
         text = model.chat(messages, tools)
     except UsageError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a call's arguments are JSON of their own, which may escape anything
+        raise ApiError(400, "'messages' hold half of a surrogate pair: send whole characters", param="messages",
+                       code="invalid_messages") from error  # fmt: skip
     if not text:
         raise ApiError(400, "'messages' hold no text: say something", param="messages", code="invalid_messages")
     return text
@@ -67,5 +72,5 @@ def _object(arguments: str) -> Any:
     """Return arguments as an object where they are JSON; a model may have been cut short, and its text stays then."""
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments

@@ -106,12 +106,13 @@ def api_error(error: BaseException) -> ApiError:
 
 def of_validation(error: RequestValidationError) -> ApiError:
     """Return the refusal of a body or query that is not as the schema says, by its first fault."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    # Of several forms that a field may have, the one that fits furthest is meant.
+    errors = [(_place(each, error.body), each) for each in error.errors()]
+    place, first = max(errors, key=lambda each: (not each[1]["type"].endswith(("_type", "_parsing")), len(each[0])))
     if first["type"] == "json_invalid":
         why = (first.get("ctx") or {}).get("error", "it can't be parsed")
         return ApiError(400, f"the body is no JSON: {why}", code="invalid_json")
-    field = ".".join(place) or None
+    field = ".".join(place)[: _LONGEST // 10] or None
     if first["type"] == "extra_forbidden":
         return ApiError(
             400, f"unknown field '{field}': it would be ignored, so it is refused; leave it out",
@@ -122,6 +123,22 @@ def of_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, where, param=field, code="missing_required_parameter")
     told = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"'{field}': {told}" if field else told, param=field, code="invalid_value")
+
+
+def _place(fault: Mapping[str, Any], body: Any) -> list[str]:
+    """Return where a fault is: what is told of it, without the names of forms that a field may have."""
+    where, *parts = fault["loc"] or ("",)
+    if where != "body" or not isinstance(body, dict | list):
+        return [str(part) for part in parts]
+    place: list[str] = []
+    for part in parts:
+        inside = part in body if isinstance(body, dict) else isinstance(body, list) and part in range(len(body))
+        if inside:
+            body = body[part]
+        elif not (fault["type"] == "missing" and part == parts[-1]):
+            continue  # not in the body: the name of a form
+        place.append(str(part))
+    return place
 
 
 def _later(message: str, code: str, seconds: float) -> ApiError:

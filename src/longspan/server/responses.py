@@ -50,7 +50,7 @@ def _request(body: ResponsesRequest, serving: Serving, key: str) -> Request:
         "params": SamplingParams(most, temperature, body.top_p or 1.0), "key": key, "citations": False,
     }  # fmt: skip
     if body.session_id is not None:
-        return Request(messages=body.messages, session=body.session_id, **common)
+        return Request(messages=body.messages, session=body.session_id, makes_session=False, **common)
     form = body.text.format if body.text is not None else None
     follow = None
     if form is not None and form.type != "text":

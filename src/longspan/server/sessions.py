@@ -49,8 +49,9 @@ async def create(body: SessionCreate, http: HttpRequest, serving: Parts) -> Sess
 
     def make(llm: LLM, held: _Held) -> None:
         _check_free(llm, held, body.name, serving.options.sessions)
-        held[body.name] = llm.session(body.name)
-        llm.save(held[body.name])
+        made = llm.session(body.name)
+        llm.save(made)
+        held[body.name] = made  # not before: one that can't be saved is not there
 
     await _done(serving, make, body.name)
     if texts:
@@ -123,6 +124,7 @@ async def ask(name: Name, body: SessionAsk, http: HttpRequest, serving: Parts) -
         Request(
             messages=[{"role": "user", "content": body.question}],
             session=name,
+            makes_session=False,
             params=body.params(most),
             key=key_of(http),
             remember=body.remember,
@@ -190,20 +192,25 @@ async def _done(serving: Serving, work: Callable[[LLM, _Held], _T], session: str
 
 async def _read(http: HttpRequest, serving: Serving, name: str, texts: Sequence[tuple[str, str]]) -> None:
     """Have a session read; where the client goes away, what was read by then stays and is saved."""
-    handle = serving.submit(Request(documents=texts, session=name, key=key_of(http)))
+    handle = serving.submit(Request(documents=texts, session=name, makes_session=False, key=key_of(http)))
     await answering.all_events(http, [handle], lambda _, event: None)
 
 
 async def _told(serving: Serving, name: str) -> SessionTold:
-    """Return what is known of a session: from disk, since everything is saved."""
+    """Return what is known of a session: from disk, and turns, whose answers do not wait for the disk, from memory."""
 
     def look() -> SessionTold:
         return of_info(serving.scheduler.llm.store.show(name))
 
+    def turns(_: LLM, held: _Held) -> int | None:
+        return len(held[name].turns) if name in held else None
+
     try:
-        return await anyio.to_thread.run_sync(look)
+        told = await anyio.to_thread.run_sync(look)
     except Exception as error:
         raise answering.told(error) from error
+    in_memory = await _done(serving, turns, None)
+    return told if in_memory is None else told.model_copy(update={"turns": in_memory})
 
 
 def _check_free(llm: LLM, held: _Held, name: str, most: int) -> None:

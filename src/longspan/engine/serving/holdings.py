@@ -12,7 +12,7 @@ from longspan.engine.kv_context import KVContext
 from longspan.engine.serving.cached import Cached
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.requests import Limits
-from longspan.errors import PoolExhaustedError
+from longspan.errors import LongspanError, PoolExhaustedError
 from longspan.kv.budget import size
 from longspan.sessions.session import Session
 
@@ -32,10 +32,17 @@ class Holdings:
         self.changed: set[str] = set()
         """Sessions that are not saved as they stand."""
 
-    def session(self, name: str | None) -> Session | None:
-        """Return a session, from where it is saved if it is not held (errors: as `LLM.session`)."""
+    def session(self, name: str | None, *, make: bool = True) -> Session | None:
+        """Return a session, from where it is saved if it is not held, or a new one if it may be made.
+
+        Raises:
+            SessionNotFoundError: there is none, and it may not be made.
+            LongspanError: as `LLM.session`.
+        """
         if name is None:
             return None
+        if not make and name not in self.sessions:
+            self.llm.store.existing(name)
         session = self.sessions.pop(name, None) or self.llm.session(name)
         self.sessions[name] = session
         return session
@@ -57,13 +64,19 @@ class Holdings:
         return bool(free)
 
     def clear(self, *, save: bool) -> None:
-        """Forget everything; `save`: sessions are saved before."""
+        """Forget everything; `save`: sessions are saved before (LongspanError: one could not be, all others are)."""
+        failed: list[LongspanError] = []
         for name in list(self.sessions):
             if save:
-                self.save(name)
+                try:
+                    self.save(name)
+                except LongspanError as error:
+                    failed.append(error)
             del self.sessions[name]
         while self.cached.shrink():
             pass
+        if failed:
+            raise failed[0]
 
     def has_room(self, job: Job, others: Sequence[Job], busy: Collection[str | None]) -> bool:
         """Whether the KV budget has room for all that a request may take, beside what others still may.

@@ -146,7 +146,7 @@ class Job:
         room, notes = prompted.room(request.params.max_tokens)
         if room < 1 or (notes and not self._session.documents):
             raise ContextTooLongError(
-                f"the prompt has {total} tokens, and {model.name}'s window holds {model.dimensions.window}, the "
+                f"the prompt has {total} tokens, and the model's window holds {model.dimensions.window}, the "
                 "answer's among them: shorten it, or give the long part as a document"
             )
         self._prompted, self._notes = prompted, tuple(notes)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of the histograms' buckets."""
+REASONS = ("stop", "length", "read", "cancelled", "error")
+"""How a choice may end."""
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Metrics:
     """Sessions in memory."""
     cached_now: int = 0
     """Contexts kept for requests that begin alike."""
-    finished: dict[str, int] = field(default_factory=dict)
-    """Choices by how they ended; `error` among them."""
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    """Choices by how they ended; all reasons from the beginning, since whoever copies counters may not see it grow."""
     refused: int = 0
     """Requests that found the queue full."""
     prompt_tokens: int = 0

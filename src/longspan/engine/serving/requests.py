@@ -42,6 +42,7 @@ class Request:
         documents: pairs of name and text, read before the prompt; those that the session holds already are left out.
         session: name of the session whose documents are asked; it is made where there is none, and saved. None: the
             documents are this request's alone.
+        makes_session: False: a session that is not there when its turn comes is an error (`SessionNotFoundError`).
         params: how to sample, the same for every choice (of which each but the first adds its number to the seed).
         key: whose request it is; the keys' requests are served fairly.
         n: how many answers; documents and prompt are read once.
@@ -62,6 +63,7 @@ class Request:
     tokens: Sequence[int] | None = None
     documents: Sequence[tuple[str, str]] = ()
     session: str | None = None
+    makes_session: bool = True
     params: SamplingParams = field(default_factory=SamplingParams)
     key: str = ""
     n: int = 1

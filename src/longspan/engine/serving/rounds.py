@@ -119,7 +119,7 @@ class Rounds:
             item.begun = True
             self.metrics.queued.observe(time.perf_counter() - item.submitted)
             try:
-                session = self.held.session(item.session)
+                session = self.held.session(item.session, make=item.request.makes_session)
                 self._steps[item] = item.reading(self.llm, session, self.held.cached, self._pace.most)
                 self.reading.append(item)
             except Exception as error:
