@@ -86,7 +86,8 @@ def test_a_session_deleted_before_a_requests_turn_does_not_come_back(live):
         threading.Thread(target=later, args=("delete", "DELETE", "/v1/sessions/gone", None)),
     ]
     with live.http.stream("POST", "/v1/sessions/gone/ask", json=how) as first:
-        next(line for line in first.iter_lines() if line.startswith("data: "))
+        lines = first.iter_lines()  # held: a client that lets go of it has gone
+        next(line for line in lines if line.startswith("data: "))
         threads[0].start()
         until = time.perf_counter() + 10
         while not live.scheduler.metrics().waiting_now and time.perf_counter() < until:
@@ -94,7 +95,8 @@ def test_a_session_deleted_before_a_requests_turn_does_not_come_back(live):
         assert live.scheduler.metrics().waiting_now, "the second is to wait while the first is answered"
         threads[1].start()
         while len(live.scheduler._rounds.queue) < 2 and time.perf_counter() < until:
-            time.sleep(0.002)  # the one who deletes came after the one who asks, and goes first
+            time.sleep(0.002)
+        assert len(live.scheduler._rounds.queue) == 2, "who deletes came after who asks, and goes first"
     for thread in threads:
         thread.join()
     assert answers["delete"].status_code == 200, answers["delete"].text
