@@ -116,6 +116,8 @@ class Mechanism(ABC):
     """Whether `attend_shard` serves, so that keys and values may lie on several ranks."""
     shard_unit: ClassVar[int] = PAGE
     """Tokens that must lie on one rank together."""
+    routes: ClassVar[bool] = False
+    """Whether it searches by `Hints.routing_query` where there is one."""
     block: ClassVar[int] = PAGE
     """Tokens that it chooses together (for `prefill_only`: that a chunk must be a multiple of)."""
     tile: ClassVar[int] = 256

@@ -82,6 +82,7 @@ class Superlinear(Mechanism):
     source: ClassVar[str] = "arXiv 2601.18401"
     decode_order: ClassVar[str] = "n^0.5"
     sharded: ClassVar[bool] = True
+    routes: ClassVar[bool] = True
     tile: ClassVar[int] = 64
 
     def __post_init__(self) -> None:

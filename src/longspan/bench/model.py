@@ -56,6 +56,7 @@ class Options:
     dtype: str | None
     prefill: str | None
     weights: str
+    adapter: str | None
     peer_python: Path | None
     peer_model: Path | None
     repeats: int
@@ -182,7 +183,9 @@ def run(given: Options, command: str, tell: Callable[[str], None]) -> dict[str, 
     if (given.peer_python is None) != (given.peer_model is None):
         raise UsageError("llama.cpp needs both --peer-python and --peer-model")
     dtype = None if given.dtype is None else dtype_of(given.dtype)
-    llm = LLM(given.model, device=given.device, dtype=dtype, prefill=given.prefill, weights=given.weights)
+    llm = LLM(
+        given.model, "dense", given.device, dtype, prefill=given.prefill, weights=given.weights, adapter=given.adapter
+    )
     llm.new_context(make("dense")).step([0])  # what is made on first use is no part of a measurement
     plain = plain_transformers(llm.model)
     rows = []
@@ -213,6 +216,7 @@ def _main(arguments: list[str]) -> int:
         "--prefill", metavar="SPEC", help="by what ours reads, such as xattention; default: as it attends"
     )
     made.add_argument("--weights", default="auto", metavar="HOW", help="auto, own or int8; default: %(default)s")
+    made.add_argument("--adapter", metavar="FOLDER", help="what longspan convert or extend trained for the model")
     made.add_argument("--peer-python", type=Path, metavar="FILE", help="an interpreter that has llama-cpp-python")
     made.add_argument("--peer-model", type=Path, metavar="FILE.gguf", help="what llama.cpp loads")
     made.add_argument("--repeats", type=int, default=3, metavar="N", help="of which medians; default: %(default)s")

@@ -1,5 +1,5 @@
 """The command line: `longspan ask`, `chat`, `serve`, `demo`, `session`, `models`, `attention`, `plan`,
-`decide`, `cost`, `eval`, `bench`, `version`.
+`decide`, `cost`, `eval`, `bench`, `convert`, `extend`, `version`.
 
 Modules of this folder load nothing heavy when imported, so that help answers at once; commands load what they need
 when they run. It does not know how anything is done: it reads arguments, calls the engine and shows what comes back.
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import longspan
 from longspan import settings
-from longspan.cli import ask, bench, chat, cost, decide, demo, evals, output, plan, serve, sessions, show
+from longspan.cli import ask, bench, chat, convert, cost, decide, demo, evals, output, plan, serve, sessions, show
 
 __all__ = ["app", "main", "run"]
 
@@ -63,6 +63,7 @@ sessions.add_to(app)
 show.add_to(app)
 evals.add_to(app)
 bench.add_to(app)
+convert.add_to(app)
 plan.add_to(app)
 decide.add_to(app)
 cost.add_to(app)

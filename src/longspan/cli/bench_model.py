@@ -71,6 +71,7 @@ def model(
     lengths: Annotated[str, typer.Option("--lengths", metavar="N,N", help="Tokens of text.")] = "1K,4K,8000",
     prefill: options.Prefill = None,
     weights: options.Weights = "auto",
+    adapter: options.Adapter = None,
     device: options.Device = "auto",
     dtype: Annotated[
         str | None,
@@ -96,6 +97,8 @@ def model(
         raise UsageError("--merge needs files: give --merge model.jsonl" if merge else "files are for --merge alone")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g} leaves no time: give more than 0")
+    if context is not None and adapter is not None:
+        raise UsageError("--context measures decode steps that search by the query itself: leave out --adapter")
     if context is None and not merge:
         alone = {"--random-weights": random_weights, "--peers": peers, "--profile": profile, "--out": out}
         if named := [name for name, value in {**alone, "--minutes": minutes}.items() if value]:
@@ -120,6 +123,7 @@ def model(
                     dtype=dtype,
                     prefill=prefill,
                     weights=weights,
+                    adapter=adapter,
                     peer_python=None if peer_python is None else Path(peer_python),
                     peer_model=None if peer_model is None else Path(peer_model),
                     repeats=repeats,

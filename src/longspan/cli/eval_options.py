@@ -114,6 +114,7 @@ class Shared:
     """What is asked, of whom, and where answers go: every field is an option."""
 
     model: options.Model = None
+    adapter: options.Adapter = None
     attention: options.Attention = None
     mechanisms: Mechanisms = None
     budgets: Budgets = None

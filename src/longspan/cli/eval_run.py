@@ -156,7 +156,7 @@ def _engines(given: Shared, progress: Progress) -> _Askers:
     limit = None if given.kv_budget is None else bytes_of(given.kv_budget)
     first = work.load(
         given.model, found[0].spec or None, given.device, progress, prefill=given.prefill, kv=given.kv,
-        kv_budget=given.kv_budget, dtype=given.dtype,
+        kv_budget=given.kv_budget, dtype=given.dtype, adapter=given.adapter,
     )  # fmt: skip
 
     def make(mechanism: Mechanism | None) -> LLM:

@@ -47,6 +47,7 @@ def _eval(context: typer.Context) -> None:
 def compare(
     doc: options.Documents = None,
     model: options.Model = None,
+    adapter: options.Adapter = None,
     mechanisms: Annotated[
         str,
         typer.Option("--mechanisms", metavar="SPECS", help="Specifications with spaces between, or all that choose."),
@@ -87,7 +88,7 @@ def compare(
         every = mechanisms.strip() == "all"
         specs = list(choosing()) if every else specs_of(mechanisms)
         read_by = None if prefill is None else parse(prefill)
-        llm = work.load(model, None, device, progress)
+        llm = work.load(model, None, device, progress, adapter=adapter)
         for spec in specs:
             for note in llm.model.trained.lacks(parse(spec), llm.model.name):
                 progress.say(f"note: {note}")

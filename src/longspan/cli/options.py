@@ -101,6 +101,15 @@ Parallel = Annotated[
         "Example: --gpus 2 --parallel ring.",
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="What longspan convert or extend trained for this model. It attends as it was trained to unless "
+        "--attention says otherwise.",
+    ),
+]
 Quote = Annotated[
     bool,
     typer.Option(

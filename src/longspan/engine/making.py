@@ -20,6 +20,7 @@ from longspan.engine.kv_context import KVContext
 from longspan.engine.ranked_context import RankedContext, check
 from longspan.engine.ranks import Ranks, join
 from longspan.errors import ModelError, UsageError
+from longspan.hf import adapter as adapters
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.kv import formats
@@ -56,6 +57,7 @@ class Contexts:
         kv_budget: int | None = None,
         kv_tier: str | TierLimits | None = None,
         weights: str = "auto",
+        adapter: str | None = None,
         quote: bool = True,
         sources: bool = True,
         store: SessionStore | None = None,
@@ -80,6 +82,8 @@ class Contexts:
                 either part alone or both; None: what needs more than the budget is refused.
             weights: how weights are read in decode on a CPU: `auto`, `own` or `int8` (see `hf.loading.load`); a model
                 that is given knows it already.
+            adapter: the folder of an adapter that `longspan convert` or `extend` trained on this model; it attends by
+                the mechanism of its training unless `attention` names another.
             quote: whether the text is quoted after an answer whose own words are not in it (see `Answer.quote`).
             sources: whether attention tells which sentences an answer was read from (docs/citations.md).
             store: where sessions are saved; None: the user's folder.
@@ -94,6 +98,11 @@ class Contexts:
             ModelError: the model can't be loaded or run.
             UsageError: no such device or way to read weights, or a format that the number type can't hold.
         """
+        name = model or settings.default_model()
+        if adapter is not None:
+            if not isinstance(name, str):
+                raise UsageError("an adapter is loaded with its model: give the model's name")
+            attention = attention or adapters.read(adapter).attention
         chosen = None if attention in (None, _AUTO) else parse(attention)
         self.ranks = join(parallel, device) if isinstance(parallel, str) else parallel
         """Who shares contexts; None: nobody."""
@@ -113,8 +122,9 @@ class Contexts:
             raise UsageError(INDEX_ALONE)
         if (count := settings.threads()) is not None:
             torch.set_num_threads(count)
-        name = model or settings.default_model()
-        self.model = load(name, device=device, dtype=dtype, weights=weights, say=say) if isinstance(name, str) else name
+        if isinstance(name, str):
+            name = load(name, device=device, dtype=dtype, weights=weights, adapter=adapter, say=say)
+        self.model = name
         self.attention: Mechanism | None = chosen
         self._kv_format = None if kv == formats.AUTO else formats.format_of(kv, self.model.dtype).describe()
         self.kv_budget = Budget(kv_budget, "KV")

@@ -32,7 +32,8 @@ class Attending:
             with Undisturbed():
                 kv.append(k, v)
         self._look_ahead(layer + 1)
-        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer))
+        routing = self.trained.route(layer, q) if self.mechanism.routes else None
+        hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer), routing_query=routing)
         return self.mechanism.attend(q, kv, scale=scale, hints=hints)
 
     def _look_ahead(self, layer: int) -> None:

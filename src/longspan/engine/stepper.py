@@ -77,6 +77,7 @@ class Stepper:
         return (
             model.native is not None
             and mechanism.steps
+            and not (mechanism.routes and model.trained.routing)  # steps search by the queries themselves
             and all(
                 kv.pages.plain
                 and not kv.blocks.kept

@@ -21,6 +21,7 @@ import torch
 
 from longspan import settings
 from longspan.errors import LongspanError, ModelError, UnknownNameError, UsageError
+from longspan.hf import adapter as adapters
 from longspan.hf import attention, catalogue, hybrid
 from longspan.hf.model import CausalModel
 from longspan.hf.one_token import use_one_token_linear
@@ -62,6 +63,7 @@ def load(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     weights: str = "auto",
+    adapter: str | None = None,
     say: Say = lambda _: None,
 ) -> CausalModel:
     """Load a model and its tokenizer.
@@ -74,17 +76,19 @@ def load(
             `auto`, in 4 or 8 bits where they lie on such a grid (a GGUF file's) and nothing is lost; `own`, as they
             are; `int8`, all in 8 bits, 4 times what rounding to bfloat16 loses. Documents are read with them as they
             are.
+        adapter: the folder of an adapter that was trained on this model (`hf.adapter`); None: as it is.
         say: told in a line what takes long.
 
     Raises:
         UnknownNameError: nothing of that name.
-        ModelError: it can't be fetched, read or run by Longspan.
+        ModelError: it can't be fetched, read or run by Longspan, or the adapter is of another model.
         UsageError: no such device, or another word for `weights`.
     """
     if weights not in WEIGHTS:
         raise UsageError(f"unknown weights {weights!r}: use one of {', '.join(WEIGHTS)}")
     on = pick_device(device)
     dtype = dtype or pick_dtype(on)
+    added = None if adapter is None else adapters.read(adapter)
     source = _source(name, say)
     attention.register()
     with _quiet() as told:
@@ -98,7 +102,15 @@ def load(
         del told
     model = model.to(on).eval()
     use_one_token_linear(model)
-    return CausalModel(name, model, tokenizer, weights)
+    if added is None:
+        return CausalModel(name, model, tokenizer, weights)
+    if (own := CausalModel(name, model, tokenizer, weights, native=False).fingerprint) != added.model:
+        raise ModelError(
+            f"the adapter {adapter} was trained on other weights than {name}'s ({added.model[:8]}, not {own[:8]}): "
+            "name the model that it was trained on"
+        )
+    adapters.merge(added, model, str(adapter))
+    return CausalModel(name, model, tokenizer, weights, adapter=added.to(on))
 
 
 def load_tokenizer(name: str, *, say: Say = lambda _: None) -> Tokenizer:
@@ -134,6 +146,8 @@ def plain_transformers(model: CausalModel) -> Any:
         source = model.model.config._name_or_path
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype, attn_implementation="sdpa")
     hybrid.free_time_steps(model.name, plain, plain.config.get_text_config())
+    if model.adapter is not None:
+        adapters.merge(model.adapter, plain, model.name)
     return plain.to(model.device).eval()
 
 

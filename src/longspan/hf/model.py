@@ -20,6 +20,7 @@ from torch import Tensor
 from longspan.attention.base import Shape
 from longspan.errors import ModelError
 from longspan.hf import hybrid, trained
+from longspan.hf.adapter import Adapter
 from longspan.hf.attention import Enough, Reader
 from longspan.hf.decoder import FEW, OneToken
 from longspan.hf.tokenizer import chat_of, hash_of
@@ -50,7 +51,14 @@ class CausalModel:
     """A model, its tokenizer, and what Longspan must know about both."""
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, weights: str = "auto", *, native: bool | None = None
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        weights: str = "auto",
+        *,
+        native: bool | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Take a transformers model that was loaded with Longspan's attention, its tokenizer, and `load`'s `weights`.
 
@@ -60,6 +68,7 @@ class CausalModel:
             tokenizer: its own; None: for whoever gives and takes token ids alone.
             weights: see `loading.load`.
             native: whether it runs by our own forward where there is one (`hf.native`); None: on a GPU.
+            adapter: what was trained beside the weights; those are merged already (`loading.load`).
 
         Raises:
             ModelError: attention or recurrent layers of a kind that Longspan does not serve yet.
@@ -76,7 +85,11 @@ class CausalModel:
         if found.recurrent:
             self._hybrid = hybrid.Hybrid(name, model, self.config, found)
             self._hybrid.check(lambda t, reader, state: self.forward(t, reader, state=state), self.config.vocab_size)
-        self.trained = trained.read(name, model.config, self.dimensions.layers, self.dimensions.query_heads)
+        sizes = self.dimensions
+        self.trained = trained.read(name, model.config, sizes.layers, sizes.query_heads)
+        self.adapter = adapter
+        if adapter is not None:
+            self.trained = self.trained.adapted(adapter, name, sizes.layers, sizes.query_heads, sizes.head_dim)
 
     @property
     def device(self) -> torch.device:
@@ -276,6 +289,9 @@ class CausalModel:
         if self.trained.attention is not None:
             gates = None if self.trained.gates is None else self.trained.gates.tolist()
             digest.update(json.dumps([self.trained.attention, gates]).encode())
+        for routing in self.trained.routing or ():
+            for tensor in (routing.down, routing.up):
+                digest.update(tensor.detach().float().cpu().numpy().tobytes())
         for name, tensor in self.model.state_dict().items():
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 4096)

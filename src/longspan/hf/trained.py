@@ -17,6 +17,8 @@ from torch import Tensor
 
 from longspan.attention.base import Mechanism
 from longspan.errors import ModelError
+from longspan.hf.adapter import Adapter
+from longspan.hf.routing import Routing
 
 _ENTRY = "longspan"
 
@@ -30,9 +32,27 @@ class Trained:
     gates: Tensor | None = None
     """float32 `[layers, Hq]`, before the sigmoid; None: it has none."""
 
+    routing: tuple[Routing, ...] | None = None
+    """What searches in each layer where an adapter says so; None: the query itself."""
+
     def layer(self, number: int) -> Tensor | None:
         """Return the gates `[Hq]` of a layer."""
         return None if self.gates is None else self.gates[number]
+
+    def route(self, number: int, q: Tensor) -> Tensor | None:
+        """Return the routing queries of a layer's queries `[B, Hq, T, D]`; None: they are these."""
+        return None if self.routing is None else self.routing[number](q)
+
+    def adapted(self, adapter: Adapter, name: str, layers: int, query_heads: int, head_dim: int) -> Trained:
+        """Return what the model was trained with once an adapter is loaded (ModelError: one of another shape)."""
+        width, routing, gates = query_heads * head_dim, adapter.routing, adapter.gates
+        fits = routing is None or (
+            len(routing) == layers and all(r.down.shape[1] == r.up.shape[0] == width for r in routing)
+        )
+        if not fits or (gates is not None and gates.shape != (layers, query_heads)):
+            raise ModelError(f"the adapter {name} is of a model with other layers or heads: name its own")
+        mechanism = None if adapter.attention is None else adapter.attention.partition(":")[0]
+        return Trained(mechanism or self.attention, self.gates if gates is None else gates, routing)
 
     def lacks(self, mechanism: Mechanism | None, model: str) -> list[str]:
         """Return a line that says so where a mechanism must be trained into a model, and it was not; else none."""

@@ -1,0 +1,1 @@
+"""Training: routing queries, long-context adapters, and the small model that finds a needle."""

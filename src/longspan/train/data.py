@@ -1,0 +1,119 @@
+"""What adapters learn from: stretches of a text, some with facts hidden in them and questions about these at their end.
+
+Every example follows from a number. A stretch begins anywhere in the text; where it is to be asked about, sentences
+`The code of the brass heron is 48291.` stand in it at random places, and behind it questions and answers in the model's
+own chat form, as the engine puts them. Chat turns without a document keep an adapted model polite: they are given as
+texts, in files of their own. It does not know how a loss is made of it, or which model reads it, but for its tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.engine import prompts
+from longspan.errors import UsageError
+from longspan.hf.model import CausalModel
+from longspan.sessions.session import Turn
+
+_ADJECTIVES = (
+    "amber blunt brass calm crimson dusty eager faint gilded hollow ivory jagged keen lunar mellow narrow".split()
+)
+_NOUNS = (
+    "anchor badger candle dragon ember falcon garnet heron island jigsaw kettle lantern meadow needle otter".split()
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens and what of them counts."""
+
+    tokens: Tensor
+    """int64 `[T]`."""
+    weights: Tensor
+    """float32 `[T]`: how much predicting each token counts."""
+    rows: Tensor
+    """int64 `[R]`, the positions whose attention is looked at, ascending."""
+
+
+class Texts:
+    """A text in a model's tokens, to draw examples from."""
+
+    def __init__(self, model: CausalModel, text: str) -> None:
+        """Take a text (UsageError: it is too short to learn from)."""
+        self.model = model
+        self.tokens = torch.tensor(model.tokens(text), dtype=torch.int32)
+        if self.tokens.numel() < 256:
+            raise UsageError(f"the text has {self.tokens.numel()} tokens: give more with --data")
+        self.head = prompts.before_documents(model)
+
+    def draw(self, seed: int, length: int, *, rows: int = 64, asked: float = 0.5) -> Example:
+        """Return an example.
+
+        Args:
+            seed: which.
+            length: tokens, at most; as many as the text has, where that is less.
+            rows: how many positions are looked at.
+            asked: the share of examples that end in questions.
+        """
+        rng = random.Random(seed)
+        if rng.random() < asked and length >= 384:
+            return self._asked(rng, length, rows)
+        tokens = self._stretch(rng, length)
+        count = tokens.numel()
+        weights = torch.ones(count)
+        weights[0] = 0.0
+        return Example(tokens, weights, _some(rng, count, rows))
+
+    def _stretch(self, rng: random.Random, count: int) -> Tensor:
+        start = rng.randrange(max(1, self.tokens.numel() - count))
+        found: Tensor = self.tokens[start : start + count].long()
+        return found
+
+    def _asked(self, rng: random.Random, length: int, rows: int) -> Example:
+        """Return facts in a stretch and questions behind it, the answers counted ten times as much as the text."""
+        names = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], rng.choice((1, 2, 4, 8)))
+        facts = [(name, str(rng.randrange(10000, 100000))) for name in names]
+        turns: list[Turn] = []
+        tail: list[tuple[list[int], float]] = []
+        before = ""
+        for name, code in rng.sample(facts, min(len(facts), 4)):
+            asked = f"What is the code of the {name}?"
+            whole = prompts.after_documents(self.model, asked, turns)
+            tail.append((whole[len(_tokens(tail)) :] if before else whole, 0.0))
+            told = self.model.tokens(code)
+            tail.append(([*told, *self._ends()], 10.0))
+            turns.append(Turn(asked, code))
+            before = code
+        needles = [self.model.tokens(f" The code of the {name} is {code}. ") for name, code in facts]
+        room = length - len(self.head) - len(_tokens(tail)) - sum(map(len, needles))
+        text = self._stretch(rng, max(0, room)).tolist()
+        pieces: list[int] = []
+        cuts = sorted(rng.randint(0, len(text)) for _ in needles)
+        for needle, start, stop in zip(needles, [0, *cuts], cuts, strict=False):
+            pieces += text[start:stop] + needle
+        pieces += text[cuts[-1] :]
+        parts = [(self.head, 0.0), (pieces, 1.0), *tail]
+        weights = torch.cat([torch.full((len(part),), weight) for part, weight in parts])
+        tokens = torch.tensor(_tokens(parts))[:length]
+        # The rows that matter are those that answer; the others are drawn.
+        answering = (weights[: tokens.numel()] == 10.0).nonzero().flatten() - 1
+        others = _some(rng, tokens.numel(), max(1, rows - answering.numel()))
+        return Example(tokens, weights[: tokens.numel()], torch.unique(torch.cat([answering[:rows], others])))
+
+    def _ends(self) -> list[int]:
+        """Return the token that ends an answer, the tokenizer's own."""
+        end = self.model.tokenizer.eos_token_id
+        return [] if end is None else [int(end)]
+
+
+def _tokens(parts: list[tuple[list[int], float]]) -> list[int]:
+    return [token for part, _ in parts for token in part]
+
+
+def _some(rng: random.Random, count: int, rows: int) -> Tensor:
+    """Return up to `rows` positions, more of them late, where there is more to search."""
+    return torch.unique(torch.tensor([int(count * rng.random() ** 0.5) for _ in range(rows)]).clamp(max=count - 1))
