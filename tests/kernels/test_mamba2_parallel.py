@@ -23,7 +23,9 @@ def inputs(tokens, heads=4, groups=2):
 def test_values_and_gradients_are_the_references(tokens, chunk):
     ours, theirs = inputs(tokens), inputs(tokens)
     weight = torch.randn(2, tokens, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out = parallel.scan(*(ours[n] for n in ("x", "dt", "A", "B", "C")), D=ours["D"], dt_bias=ours["dt_bias"], chunk=chunk)
+    out = parallel.scan(
+        *(ours[n] for n in ("x", "dt", "A", "B", "C")), D=ours["D"], dt_bias=ours["dt_bias"], chunk=chunk
+    )
     wanted, _ = reference.scan(
         *(theirs[n] for n in ("x", "dt", "A", "B", "C")), D=theirs["D"], dt_bias=theirs["dt_bias"]
     )

@@ -81,9 +81,13 @@ def test_decode_steps_that_search_by_queries_are_not_used(tiny, folder, tmp_path
     from longspan.engine.stepper import Stepper
     from longspan.hf.model import CausalModel
 
-    native = CausalModel("tiny", load(str(folder), device="cpu", dtype=torch.float32).model, tiny.tokenizer, native=True)
+    native = CausalModel(
+        "tiny", load(str(folder), device="cpu", dtype=torch.float32).model, tiny.tokenizer, native=True
+    )
     context = KVContext(native, parse(SPEC))
-    assert Stepper.serves(native, context.layers, parse(SPEC)) and Stepper.serves(native, context.layers, parse("dense"))
+    assert Stepper.serves(native, context.layers, parse(SPEC)) and Stepper.serves(
+        native, context.layers, parse("dense")
+    )
     native.trained = native.trained.adapted(full(tiny), "a", 3, 4, 8)
     assert not Stepper.serves(native, context.layers, parse(SPEC))
     assert Stepper.serves(native, context.layers, parse("dense"))

@@ -60,7 +60,9 @@ def test_a_checkpoint_of_another_training_is_refused(tiny, text, tmp_path):
         loop.train(convert.Teach(tiny, parse(SPEC), texts, other), tmp_path, loop.Budget(steps=1), Rates(), muon=False)
     (tmp_path / loop.CHECKPOINT).write_bytes(b"no")
     with pytest.raises(UsageError, match="remove it to start again"):
-        loop.train(convert.Teach(tiny, parse(SPEC), texts, OPTIONS), tmp_path, loop.Budget(steps=1), Rates(), muon=False)
+        loop.train(
+            convert.Teach(tiny, parse(SPEC), texts, OPTIONS), tmp_path, loop.Budget(steps=1), Rates(), muon=False
+        )
 
 
 def test_gates_learn_how_much_memory_helps(tiny, text, tmp_path):
@@ -162,9 +164,9 @@ def test_the_command_says_what_is_wrong(capsys, folder, tmp_path, places):
     from longspan.cli import run
 
     out = ["--out", str(tmp_path / "a"), "--model", str(folder), "--device", "cpu"]
-    assert run(["convert", *out, "--hours", "0"]) == 1
+    assert run(["convert", *out, "--hours", "0"]) == 2
     assert "--hours 0 leaves no time" in capsys.readouterr().err
-    assert run(["extend", *out, "--to", "512", "--hours", "0.001"]) == 1
+    assert run(["extend", *out, "--to", "512", "--hours", "0.001"]) == 2
     assert "give a --to above" in capsys.readouterr().err
-    assert run(["convert", *out, "--attention", "superlinear:window=15", "--data", str(Path(__file__).parent)]) == 1
+    assert run(["convert", *out, "--attention", "superlinear:window=15", "--data", str(Path(__file__).parent)]) == 2
     assert capsys.readouterr().err.strip()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from longspan.errors import Cancelled, SaveError, UsageError
 from longspan.hf.adapter import write
+from longspan.kv.undisturbed import Undisturbed
 from longspan.train.optimiser import Optimiser, Rates
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -123,7 +124,8 @@ def train(
         try:
             while (done := budget.done(counted.seconds, counted.step)) < 1:
                 began = time.monotonic()
-                row = _step(task, optimiser, counted, done)
+                with Undisturbed():  # Ctrl-C waits for the end of a step: half of one could not be gone on from
+                    row = _step(task, optimiser, counted, done)
                 counted.seconds += time.monotonic() - began
                 row["seconds"] = round(counted.seconds, 3)
                 rows.append(row)
