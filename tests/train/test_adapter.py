@@ -122,5 +122,5 @@ def test_a_folder_that_is_none_is_refused(tiny, tmp_path, spoil, told):
 def test_an_adapter_of_another_shape_is_refused(tiny):
     with pytest.raises(ModelError, match="other layers or heads"):
         tiny.trained.adapted(full(tiny, routing=full(tiny).routing[:2]), "a", 3, 4, 8)
-    with pytest.raises(ModelError, match="does not fit this model at model.layers.9"):
+    with pytest.raises(ModelError, match=r"does not fit this model at model\.layers\.9"):
         adapters.merge(full(tiny, lora={"model.layers.9.q": (torch.zeros(1, 1), torch.zeros(1, 1))}), tiny.model, "a")

@@ -1,4 +1,4 @@
-"""Teaching a mechanism: the loss goes down, only what is taught moves, and a stopped run goes on as if it had not been."""
+"""Teaching a mechanism: losses go down, only what is taught moves, a stopped run goes on as if it had not been."""
 
 import json
 from pathlib import Path
@@ -168,5 +168,5 @@ def test_the_command_says_what_is_wrong(capsys, folder, tmp_path, places):
     assert "--hours 0 leaves no time" in capsys.readouterr().err
     assert run(["extend", *out, "--to", "512", "--hours", "0.001"]) == 2
     assert "give a --to above" in capsys.readouterr().err
-    assert run(["convert", *out, "--attention", "superlinear:window=15", "--data", str(Path(__file__).parent)]) == 2
-    assert capsys.readouterr().err.strip()
+    assert run(["convert", *out, "--data", str(Path(__file__)), "--length", "1000000", "--hours", "0.001"]) == 2
+    assert "more with --data" in capsys.readouterr().err

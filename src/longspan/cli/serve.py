@@ -38,6 +38,7 @@ def serve(
     kv_budget: options.KVBudget = None,
     kv_tier: options.KVTier = None,
     weights: options.Weights = "auto",
+    adapter: options.Adapter = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
     parallel: options.Parallel = None,
@@ -99,7 +100,7 @@ def serve(
     with Progress() as progress:
         llm = work.load(
             model, attention, device, progress, prefill=prefill, kv=kv, kv_budget=kv_budget, kv_tier=kv_tier,
-            weights=weights, parallel=parallel,
+            weights=weights, parallel=parallel, adapter=adapter,
         )  # fmt: skip
         # Looking for them takes as long as reading some documents: not while others wait for their answers.
         llm.heads_or_none()

@@ -66,7 +66,8 @@ class Over:
         part.append(k, v)
         if out is not None:
             return out
-        hints = Hints(None, self.hints.chosen_pages, layer, self.trained.layer(layer))
+        routing = self.trained.route(layer, q) if self.mechanism.routes else None
+        hints = Hints(routing, self.hints.chosen_pages, layer, self.trained.layer(layer))
         split = None if self.chunk is None else self.chunk.counts
         return attend(self.mechanism, q, part.rows, self.group, first=self.first, scale=scale, hints=hints, split=split)
 

@@ -1,6 +1,6 @@
 """Forwards for training: any model's hidden states with gradients, and a hybrid's by equations of our own, in batches.
 
-`nemotron_h` runs over the weights of its modules: transformers' own Mamba-2 layers write out every state of every chunk
+`nemotron_h` runs over the weights of its modules: transformers' own Mamba-2 layers write out every state of a chunk
 where their kernels are not installed; here the scan is a few products (`kernels/mamba2/parallel.py`), and each layer may
 be computed again in the backward pass instead of being kept. Attention is whoever's that is handed in, so that the same
 weights train under any mechanism.

@@ -119,8 +119,8 @@ class Teach(_Stage):
         elif mechanism.name == "infini":
             if (segment := cast("Infini", mechanism).segment) * 2 > options.length:
                 raise UsageError(
-                    f"texts of {options.length} tokens are hardly longer than a segment of {segment}: give more --length, "
-                    "or a smaller segment, as in --attention infini:segment=512"
+                    f"texts of {options.length} tokens are hardly longer than a segment of {segment}: give more "
+                    "--length, or a smaller segment, as in --attention infini:segment=512"
                 )
             # A memory of an ordinary checkpoint says little at first: begin nearly closed.
             self.gates = _leaf(torch.full((sizes.layers, sizes.query_heads), -3.0), model)

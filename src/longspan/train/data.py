@@ -102,7 +102,7 @@ class Texts:
         # The rows that matter are those that answer; the others are drawn.
         answering = (weights[: tokens.numel()] == 10.0).nonzero().flatten() - 1
         others = _some(rng, tokens.numel(), max(1, rows - answering.numel()))
-        return Example(tokens, weights[: tokens.numel()], torch.unique(torch.cat([answering[:rows], others])))
+        return Example(tokens, weights[: tokens.numel()], torch.cat([answering[:rows], others]).unique())
 
     def _ends(self) -> list[int]:
         """Return the token that ends an answer, the tokenizer's own."""
@@ -116,4 +116,5 @@ def _tokens(parts: list[tuple[list[int], float]]) -> list[int]:
 
 def _some(rng: random.Random, count: int, rows: int) -> Tensor:
     """Return up to `rows` positions, more of them late, where there is more to search."""
-    return torch.unique(torch.tensor([int(count * rng.random() ** 0.5) for _ in range(rows)]).clamp(max=count - 1))
+    found: Tensor = torch.tensor([min(count - 1, int(count * rng.random() ** 0.5)) for _ in range(rows)])
+    return found.unique()  # type: ignore[no-any-return]

@@ -53,7 +53,7 @@ def scan(
     since = (steps * A.to(steps.dtype).view(1, -1, 1, 1)).cumsum(-1)  # what is left at l of what the chunk began with
     scores = (queries @ keys.mT).repeat_interleave(heads // groups, 1)  # [B, H, C, L, L]
     weights = scores * (_decays(since) * steps.unsqueeze(-2)).to(x.dtype)
-    y = weights @ values
+    y: Tensor = weights @ values
     keys, queries = (z.repeat_interleave(heads // groups, 1) for z in (keys, queries))
     kept = (steps * torch.exp(since[..., -1:] - since)).to(x.dtype)
     left = keys.mT @ (values * kept.unsqueeze(-1))  # [B, H, C, N, P], of each chunk alone
