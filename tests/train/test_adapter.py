@@ -124,3 +124,18 @@ def test_an_adapter_of_another_shape_is_refused(tiny):
         tiny.trained.adapted(full(tiny, routing=full(tiny).routing[:2]), "a", 3, 4, 8)
     with pytest.raises(ModelError, match=r"does not fit this model at model\.layers\.9"):
         adapters.merge(full(tiny, lora={"model.layers.9.q": (torch.zeros(1, 1), torch.zeros(1, 1))}), tiny.model, "a")
+
+
+def test_an_adapter_trained_over_another_holds_both(tiny, folder, tmp_path):
+    first, second = full(tiny, window=4096, routing=None), full(tiny, gates=None)
+    name, other = "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"
+    second.lora[other] = (torch.ones(1, 32), torch.ones(48, 1))
+    both = second.over(first)
+    assert both.window == 4096 and both.routing is second.routing and torch.equal(both.gates, first.gates)
+    both.save(tmp_path / "both")
+    found = load(str(folder), device="cpu", dtype=torch.float32, adapter=str(tmp_path / "both"))
+    (d1, u1), (d2, u2) = first.lora[name], second.lora[name]
+    before = tiny.model.get_submodule(name).weight
+    torch.testing.assert_close(found.model.get_submodule(name).weight, before + u1 @ d1 + u2 @ d2, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.model.get_submodule(other).weight, tiny.model.get_submodule(other).weight + 1)
+    assert second.over(None) is second

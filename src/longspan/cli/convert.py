@@ -29,6 +29,10 @@ Asked = Annotated[
     float, typer.Option("--asked", metavar="SHARE", help="Share of texts that end in questions about facts in them.")
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="What is drawn; the same gives the same steps.")]
+Begin = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FOLDER", help="An adapter of the model to begin with; the new one holds both."),
+]
 DType = Annotated[
     str | None,
     typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16. Default: as the device likes."),
@@ -49,6 +53,7 @@ def convert(
         str, typer.Option("--attention", "-a", metavar="SPEC", help="What the model is taught: superlinear or infini.")
     ] = "superlinear",
     model: options.Model = None,
+    adapter: Begin = None,
     data: Data = None,
     hours: Hours = 0.5,
     rank: Annotated[int, typer.Option("--rank", metavar="N", help="Of routing queries (superlinear).")] = 16,
@@ -72,20 +77,21 @@ def convert(
     on.
     """
     with Progress() as progress:
-        loaded, text = _start(model, device, dtype, data, hours, progress)
+        loaded, text = _start(model, adapter, device, dtype, data, hours, progress)
         from longspan.attention import parse
         from longspan.train.convert import Options
         from longspan.train.convert import convert as run
 
         given = Options(rank=rank, lora=lora, length=length, rows=rows, rate=rate, asked=asked, seed=seed)
-        adapter = run(loaded, parse(attention), text, Path(out), hours * 3600, given, tell=progress.say)
-    _end(adapter, out, loaded.name, json)
+        made = run(loaded, parse(attention), text, Path(out), hours * 3600, given, tell=progress.say)
+    _end(made, out, loaded.name, json)
 
 
 def extend(
     to: Annotated[str, typer.Option("--to", metavar="N", help="Positions of the new window, such as 128K.")],
     out: Out,
     model: options.Model = None,
+    adapter: Begin = None,
     data: Data = None,
     hours: Hours = 0.5,
     rotation: Annotated[
@@ -108,17 +114,23 @@ def extend(
         from longspan.lengths import context_of
 
         window = context_of(to)
-        loaded, text = _start(model, device, dtype, data, hours, progress)
+        loaded, text = _start(model, adapter, device, dtype, data, hours, progress)
         from longspan.train.extend import Options
         from longspan.train.extend import extend as run
 
         given = Options(window, rotation, lora, length, rate, asked, seed)
-        adapter = run(loaded, text, Path(out), hours * 3600, given, tell=progress.say)
-    _end(adapter, out, loaded.name, json)
+        made = run(loaded, text, Path(out), hours * 3600, given, tell=progress.say)
+    _end(made, out, loaded.name, json)
 
 
 def _start(
-    model: str | None, device: str, dtype: str | None, data: list[str] | None, hours: float, progress: Progress
+    model: str | None,
+    adapter: str | None,
+    device: str,
+    dtype: str | None,
+    data: list[str] | None,
+    hours: float,
+    progress: Progress,
 ) -> tuple[Any, str]:
     """Return the model and the text (errors as theirs; UsageError: no time)."""
     if not hours > 0:
@@ -131,8 +143,9 @@ def _start(
 
     name = model or settings.default_model()
     progress.busy(f"loading {name}")
-    loaded = load(name, device=device, dtype=None if dtype is None else dtype_of(dtype), say=progress.say)
-    return CausalModel(loaded.name, loaded.model, loaded.tokenizer, native=False), text
+    kind = None if dtype is None else dtype_of(dtype)
+    loaded = load(name, device=device, dtype=kind, adapter=adapter, say=progress.say)
+    return CausalModel(loaded.name, loaded.model, loaded.tokenizer, native=False, adapter=loaded.adapter), text
 
 
 def _end(adapter: Any, out: str, model: str, as_json: bool) -> None:

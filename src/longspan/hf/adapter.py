@@ -68,6 +68,25 @@ class Adapter:
         routing = self.routing and tuple(Routing(r.down.to(device), r.up.to(device)) for r in self.routing)
         return replace(self, routing=routing, gates=None if self.gates is None else self.gates.to(device))
 
+    def over(self, before: Adapter | None) -> Adapter:
+        """Return both as one adapter of the model that `before` was trained on; this one was trained on top of it.
+
+        Changes of weights add up; positions are those of `before` unless this one has its own; so is what was trained.
+        """
+        if before is None:
+            return self
+        lora = dict(before.lora)
+        for name, (down, up) in self.lora.items():
+            older = lora.get(name)
+            if older is not None:
+                down, up = torch.cat([older[0].to(down), down]), torch.cat([older[1].to(up), up], 1)
+            lora[name] = (down, up)
+        return replace(
+            self, model=before.model, lora=lora, window=self.window or before.window, rope=self.rope or before.rope,
+            routing=self.routing or before.routing, gates=before.gates if self.gates is None else self.gates,
+            attention=self.attention or before.attention, about={**self.about, "over": dict(before.about)},
+        )  # fmt: skip
+
     def save(self, folder: Path) -> None:
         """Write the folder; a file is there as a whole or not at all (SaveError: it can't be written)."""
         from safetensors.torch import save

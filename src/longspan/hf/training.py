@@ -1,7 +1,7 @@
 """Forwards for training: any model's hidden states with gradients, and a hybrid's by equations of our own, in batches.
 
-`nemotron_h` runs over the weights of its modules: transformers' own Mamba-2 layers write out every state of a chunk
-where their kernels are not installed; here the scan is a few products (`kernels/mamba2/parallel.py`), and each layer may
+`nemotron_h` runs over its modules' weights: transformers' own Mamba-2 layers write out every state of a chunk
+where their kernels are not installed; here the scan is a few products (`kernels/mamba2/parallel.py`), and layers may
 be computed again in the backward pass instead of being kept. Attention is whoever's that is handed in, so that the same
 weights train under any mechanism.
 It does not know losses, tokens' meaning or optimisers.

@@ -156,7 +156,8 @@ class Teach(_Stage):
         routing = self.routing and tuple(Routing(r.down.detach(), r.up.detach()) for r in self.routing)
         gates = None if self.gates is None else self.gates.detach()
         about = json.loads(json.dumps(self.identity))
-        return Adapter(self.identity["model"], self.mechanism.describe(), routing or None, gates, about=about)
+        made = Adapter(self.identity["model"], self.mechanism.describe(), routing or None, gates, about=about)
+        return made.over(self.model.adapter)
 
 
 class Adapt(_Stage):
@@ -191,7 +192,7 @@ class Adapt(_Stage):
         made = Adapter(
             self.identity["model"], self.mechanism.describe(), routing, gates, self.lora.pairs(), about=about
         )
-        return made.to(torch.device("cpu"))
+        return made.over(self.model.adapter).to(torch.device("cpu"))
 
 
 def convert(

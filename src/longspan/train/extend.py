@@ -67,6 +67,7 @@ class Extend:
         self.rope = rope(model, options)
         rotate(model.model, self.rope)
         model.config.max_position_embeddings = options.to
+        self.before = model.adapter
         self.model = CausalModel(model.name, model.model, model.tokenizer, native=False)
         if self.model.rotary is None:
             raise ModelError(f"{model.name} encodes no positions by rotation: there is nothing to extend")
@@ -92,7 +93,7 @@ class Extend:
         made = Adapter(
             self.base, lora=self.lora.pairs(), window=self.options.to, rope=self.rope, about=dict(self.identity)
         )
-        return made.to(torch.device("cpu"))
+        return made.over(self.before).to(torch.device("cpu"))
 
 
 def rope(model: CausalModel, options: Options) -> dict[str, Any]:

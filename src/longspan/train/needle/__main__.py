@@ -1,0 +1,98 @@
+"""`python -m longspan.train.needle`: train the needle model, teach it where to search, measure it.
+
+    train --recipe small --minutes 6 --out needle      a model from nothing; Ctrl-C stops, the same command goes on
+    eval --model needle/model --lengths 512,1K --attention dense superlinear:window=128
+
+Between the two, `longspan convert --model needle/model --attention superlinear:... --asked 0` teaches routing queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longspan.errors import LongspanError
+from longspan.lengths import lengths_of
+from longspan.train.needle.texts import installed
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code."""
+    made = argparse.ArgumentParser("python -m longspan.train.needle", description=(__doc__ or "").splitlines()[0])
+    commands = made.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="a model from nothing")
+    train.add_argument("--recipe", default="small", help="small or needle; default: %(default)s")
+    train.add_argument("--minutes", type=float, required=True, help="of training in all, earlier starts included")
+    train.add_argument("--out", type=Path, required=True, help="a folder; a stopped run goes on from it")
+    train.add_argument("--longest", default="64K", help="most tokens of a sequence; default: %(default)s")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--compile", action="store_true", help="let torch.compile make the forward (a GPU)")
+    measure = commands.add_parser("eval", help="what it finds")
+    measure.add_argument("--model", required=True)
+    measure.add_argument("--adapter", help="routing queries that longspan convert taught it")
+    measure.add_argument("--attention", nargs="+", default=["dense"], metavar="SPEC")
+    measure.add_argument("--lengths", default="512", help="tokens of a text, such as 4K,64K,1M")
+    measure.add_argument("--texts", type=int, default=4, help="of each length; default: %(default)s")
+    measure.add_argument("--questions", type=int, default=8, help="about each text; default: %(default)s")
+    measure.add_argument("--facts", type=int, default=16, help="most facts of a text; default: %(default)s")
+    measure.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--json", action="store_true")
+    for each in (train, measure):
+        each.add_argument("--device", default="auto")
+    given = made.parse_args(arguments)
+    try:
+        return _train(given) if given.command == "train" else _eval(given)
+    except LongspanError as error:
+        print(f"longspan: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Cancelled" else 2
+
+
+def _train(given: argparse.Namespace) -> int:
+    from longspan.hf.loading import pick_device
+    from longspan.train import loop
+    from longspan.train.curves import draw
+    from longspan.train.needle.learn import Learn
+    from longspan.train.needle.recipe import named, shorter
+
+    recipe = shorter(named(given.recipe, given.seed), lengths_of(given.longest)[0])
+    task = Learn(recipe, installed(), pick_device(given.device), compiled=given.compile)
+    budget = loop.Budget(60 * given.minutes)
+    _tell(f"{sum(p.numel() for p in task.parameters.values()):,} parameters")
+    try:
+        loop.train(task, given.out, budget, recipe.rates, tell=_tell)
+    finally:
+        if (given.out / loop.LOG).is_file():
+            task.save(given.out / "model", task.identity)
+            draw(given.out / loop.LOG, given.out / "curves.png")
+    return 0
+
+
+def _eval(given: argparse.Namespace) -> int:
+    from longspan.attention import parse
+    from longspan.hf.loading import load
+    from longspan.train.needle.evaluate import evaluate
+
+    model = load(given.model, device=given.device, adapter=given.adapter)
+    lines = evaluate(
+        model, [parse(spec) for spec in given.attention], lengths_of(given.lengths), installed(), texts=given.texts,
+        questions=given.questions, facts=given.facts, seed=given.seed, tell=_tell,
+    )  # fmt: skip
+    if given.json:
+        print(json.dumps([dataclasses.asdict(line) for line in lines]))
+        return 0
+    for line in lines:
+        share = f"{100 * line.right / line.count:3.0f} % ({100 * line.low:.0f} to {100 * line.high:.0f})"
+        print(f"{line.attention:40} {line.length:9,} {line.kind:7} {line.right:4} of {line.count:4}  {share}")
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""The needle model: sequences say what they claim, a tiny one learns to copy, engine and trainer agree on it."""
+
+import random
+
+import pytest
+import torch
+
+from longspan.attention import parse
+from longspan.errors import UsageError
+from longspan.hf.loading import load
+from longspan.train import loop
+from longspan.train.needle import evaluate, learn, tasks
+from longspan.train.needle.recipe import RECIPES, SIZES, Phase, Recipe, Size, named, shorter
+from longspan.train.optimiser import Rates
+from longspan.train.readers import dense
+
+HAY = b"The harbour board met in May, and nobody had asked for a lantern. " * 40
+
+
+def words(tokens):
+    return "".join(chr(t) if t < 256 else f"<{t}>" for t in tokens)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_answer_follows_from_the_text(seed):
+    made = tasks.make(seed, 600, HAY, tasks.Mix())
+    assert made.tokens[0] == tasks.START and len(made.tokens) <= 600 and made.asked
+    text = words(made.tokens[1 : made.text])
+    for asked in made.asked:
+        answer, end = words(asked.answer[:-1]), asked.answer[-1]
+        assert end == tasks.END and tuple(made.tokens[asked.start : asked.start + len(asked.answer)]) == asked.answer
+        name = words(made.tokens[asked.start - 6 : asked.start - 1])
+        told = [part.split(";")[0] for part in text.split(f" {name}=")[1:]]
+        if asked.kind == "none":
+            assert answer == "none" and not told
+        elif asked.kind == "chain":
+            links = answer.split("=")
+            assert told == [links[0]] and all(f" {a}={b};" in text for a, b in zip(links, links[1:], strict=False))
+        else:
+            assert answer == ",".join(told) and len(told) == (1 if asked.kind == "key" else len(answer.split(",")))
+
+
+def test_sequences_follow_from_their_seeds():
+    first, again, other = (tasks.make(seed, 300, HAY, tasks.Mix()) for seed in (1, 1, 2))
+    assert first == again and first != other
+    long = tasks.make(3, 5000, HAY * 3, tasks.Mix(most_facts=4), questions=6)
+    assert long.text == 5001 and len(long.asked) == 6
+
+
+def tiny_recipe(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", Size("M*", 64, 2, 1, 32, 16))
+    return Recipe("tiny", (Phase(1.0, 64),), batch=512, rates=Rates(warmup=5))
+
+
+def test_a_tiny_model_learns_and_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    recipe = tiny_recipe(monkeypatch)
+    task = learn.Learn(recipe, HAY, torch.device("cpu"))
+    rows = loop.train(task, tmp_path / "once", loop.Budget(steps=12), recipe.rates)
+    assert sum(r["loss"] for r in rows[-3:]) < 0.7 * sum(r["loss"] for r in rows[:3])
+    assert all(p.grad is None for p in task.parameters.values())
+    from longspan.errors import Cancelled
+
+    with pytest.raises(Cancelled):
+        loop.train(
+            learn.Learn(recipe, HAY, torch.device("cpu")), tmp_path / "two", loop.Budget(steps=12), recipe.rates,
+            stop_after=5,
+        )  # fmt: skip
+    again = learn.Learn(recipe, HAY, torch.device("cpu"))
+    assert [r["loss"] for r in loop.train(again, tmp_path / "two", loop.Budget(steps=12), recipe.rates)] == [
+        r["loss"] for r in rows
+    ]
+
+
+def test_the_engine_answers_as_the_trainer_does(monkeypatch, tmp_path):
+    task = learn.Learn(tiny_recipe(monkeypatch), HAY, torch.device("cpu"))
+    task.save(tmp_path / "m", task.identity)
+    model = load(str(tmp_path / "m"), device="cpu", dtype=torch.float32)
+    text = "naïve <b> \n"
+    assert model.tokens(text) == list(text.encode()) and model.decode(list(text.encode())) == text
+    assert model.tokens("<|ask|>ab=") == [tasks.ASK, 97, 98, 61] and model.end_tokens == {tasks.END}
+    rng = random.Random(0)
+    tokens = [tasks.START, *(rng.randrange(97, 123) for _ in range(150))]
+    from longspan.engine.kv_context import KVContext
+    from longspan.hf.training import hidden_states
+
+    context = KVContext(model, parse("dense"))
+    context.extend(tokens[:-1])
+    found = context.step(tokens[-1:])
+    with torch.no_grad():
+        states = hidden_states(model.model, torch.tensor([tokens]), lambda _, q, k, v: dense(q, k, v, 32**-0.5, None))
+        wanted = model.model.lm_head(states)[0, -1]
+    torch.testing.assert_close(found.flatten(), wanted, atol=2e-4, rtol=1e-3)
+    lines = evaluate.evaluate(model, [parse("dense"), parse("streaming")], [200], HAY, texts=1, questions=2)
+    assert {line.attention for line in lines} == {"dense", "streaming"} and lines[-1].kind == "all"
+    assert sum(line.count for line in lines if line.kind == "all") == 4
+
+
+def test_recipes_are_whole():
+    for recipe in RECIPES.values():
+        untils = [phase.until for phase in recipe.phases]
+        assert untils == sorted(untils) and untils[-1] == 1.0
+        assert recipe.phase(0.0) is recipe.phases[0] and recipe.phase(1.0) is recipe.phases[-1]
+    assert max(phase.length for phase in shorter(named("needle", 3), 4096).phases) == 4096
+    with pytest.raises(UsageError, match="use small or needle"):
+        named("great", 0)
+
+
+def test_intervals_hold_the_share():
+    low, high = evaluate.wilson(9, 10)
+    assert 0.59 < low < 0.6 and 0.98 < high < 0.99
+    assert evaluate.wilson(0, 5)[0] == 0.0 and evaluate.wilson(5, 5)[1] == 1.0
