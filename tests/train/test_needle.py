@@ -1,5 +1,6 @@
 """The needle model: sequences say what they claim, a tiny one learns to copy, engine and trainer agree on it."""
 
+import itertools
 import random
 
 import pytest
@@ -35,7 +36,7 @@ def test_every_answer_follows_from_the_text(seed):
             assert answer == "none" and not told
         elif asked.kind == "chain":
             links = answer.split("=")
-            assert told == [links[0]] and all(f" {a}={b};" in text for a, b in zip(links, links[1:], strict=False))
+            assert told == [links[0]] and all(f" {a}={b};" in text for a, b in itertools.pairwise(links))
         else:
             assert answer == ",".join(told) and len(told) == (1 if asked.kind == "key" else len(answer.split(",")))
 
@@ -75,6 +76,8 @@ def test_the_engine_answers_as_the_trainer_does(monkeypatch, tmp_path):
     task = learn.Learn(tiny_recipe(monkeypatch), HAY, torch.device("cpu"))
     task.save(tmp_path / "m", task.identity)
     model = load(str(tmp_path / "m"), device="cpu", dtype=torch.float32)
+    begun = learn.Learn(task.recipe, HAY, torch.device("cpu"), start=tmp_path / "m")
+    assert all(torch.equal(p, task.parameters[name].bfloat16().float()) for name, p in begun.parameters.items())
     text = "naïve <b> \n"
     assert model.tokens(text) == list(text.encode()) and model.decode(list(text.encode())) == text
     assert model.tokens("<|ask|>ab=") == [tasks.ASK, 97, 98, 61] and model.end_tokens == {tasks.END}
@@ -100,6 +103,9 @@ def test_recipes_are_whole():
         untils = [phase.until for phase in recipe.phases]
         assert untils == sorted(untils) and untils[-1] == 1.0
         assert recipe.phase(0.0) is recipe.phases[0] and recipe.phase(1.0) is recipe.phases[-1]
+    assert [named("small", 0, 0.5).phase(done).length for done in (0.0, 0.49, 1.0)] == [256, 256, 512]
+    with pytest.raises(UsageError, match="leave nothing"):
+        named("small", 0, 0.5, 0.5)
     assert max(phase.length for phase in shorter(named("needle", 3), 4096).phases) == 4096
     with pytest.raises(UsageError, match="use small or needle"):
         named("great", 0)

@@ -77,10 +77,8 @@ class Adapter:
             return self
         lora = dict(before.lora)
         for name, (down, up) in self.lora.items():
-            older = lora.get(name)
-            if older is not None:
-                down, up = torch.cat([older[0].to(down), down]), torch.cat([older[1].to(up), up], 1)
-            lora[name] = (down, up)
+            older = lora.get(name, (down[:0], up[:, :0]))
+            lora[name] = torch.cat([older[0].to(down), down]), torch.cat([older[1].to(up), up], 1)
         return replace(
             self, model=before.model, lora=lora, window=self.window or before.window, rope=self.rope or before.rope,
             routing=self.routing or before.routing, gates=before.gates if self.gates is None else self.gates,

@@ -30,7 +30,7 @@ from longspan.hf.model import CausalModel
 from longspan.hf.routing import Routing
 from longspan.hf.training import states, token_losses
 from longspan.train import loop
-from longspan.train.data import Texts
+from longspan.train.data import Source, Texts
 from longspan.train.lora import Lora
 from longspan.train.optimiser import Rates
 from longspan.train.readers import Distilling, Gating, Learning
@@ -69,7 +69,7 @@ class Options:
 class _Stage:
     """What both stages have in common: texts of a step, and who is trained."""
 
-    def __init__(self, stage: str, model: CausalModel, mechanism: Mechanism, texts: Texts, options: Options) -> None:
+    def __init__(self, stage: str, model: CausalModel, mechanism: Mechanism, texts: Source, options: Options) -> None:
         self.model, self.mechanism, self.texts, self.options = model, mechanism, texts, options
         self.parameters: Mapping[str, Tensor] = {}
         data = hashlib.blake2b(texts.tokens.numpy().tobytes(), digest_size=8).hexdigest()
@@ -95,7 +95,7 @@ class _Stage:
 class Teach(_Stage):
     """Stage 1: see the module."""
 
-    def __init__(self, model: CausalModel, mechanism: Mechanism, texts: Texts, options: Options) -> None:
+    def __init__(self, model: CausalModel, mechanism: Mechanism, texts: Source, options: Options) -> None:
         """Take a model, what it is taught and from what (UsageError: nothing of this mechanism is taught)."""
         super().__init__("teach", model, mechanism, texts, options)
         sizes = model.dimensions
@@ -164,7 +164,7 @@ class Adapt(_Stage):
     """Stage 2: see the module."""
 
     def __init__(
-        self, model: CausalModel, mechanism: Mechanism, texts: Texts, options: Options, taught: Adapter | None
+        self, model: CausalModel, mechanism: Mechanism, texts: Source, options: Options, taught: Adapter | None
     ) -> None:
         """Take a model, the mechanism that is on, texts, and what stage 1 taught (None: it had nothing to)."""
         super().__init__("adapt", model, mechanism, texts, options)
@@ -198,7 +198,7 @@ class Adapt(_Stage):
 def convert(
     model: CausalModel,
     mechanism: Mechanism,
-    text: str,
+    text: str | Source,
     out: Path,
     seconds: float,
     options: Options,
@@ -210,7 +210,7 @@ def convert(
     Args:
         model: is frozen, and changed in memory where there is a stage 2.
         mechanism: what it is taught.
-        text: to learn from.
+        text: to learn from, or where examples come from.
         out: the folder; a run that was stopped goes on from it.
         seconds: of training in all; a third goes to stage 1 where there are two.
         options: how.
@@ -223,7 +223,7 @@ def convert(
     """
     from longspan.train.curves import draw
 
-    texts = Texts(model, text)
+    texts: Source = Texts(model, text) if isinstance(text, str) else text
     if texts.tokens.numel() < options.length:
         raise UsageError(f"the text has {texts.tokens.numel()} tokens: give more with --data, or less --length")
     taught: Adapter | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class Example:
     """float32 `[T]`: how much predicting each token counts."""
     rows: Tensor
     """int64 `[R]`, the positions whose attention is looked at, ascending."""
+
+
+class Source(Protocol):
+    """Where examples come from."""
+
+    tokens: Tensor
+    """int32, what they are drawn from: a training that goes on must find the same."""
+
+    def draw(self, seed: int, length: int, *, rows: int = 64, asked: float = 0.5) -> Example:
+        """See `Texts.draw`."""
+        ...
 
 
 class Texts:

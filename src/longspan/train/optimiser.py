@@ -1,8 +1,8 @@
 """How weights move: Muon for matrices, AdamW for the rest, one learning rate over time for both.
 
-Muon (an orthogonalised momentum step) learns recall in a third of AdamW's steps here (docs/training.md); embeddings,
-heads, norms and what has one axis stay with AdamW. The rate rises over some steps, stays, and falls over the last part
-of the TIME given, not of a number of steps: whoever has an hour says so. It does not know models or losses.
+Muon is an orthogonalised momentum step for matrices; embeddings, heads, norms and what has one axis move by AdamW. The
+rate rises over some steps, stays, and falls over the last part of the TIME given, not of a number of steps: whoever has
+an hour says so. It does not know models or losses.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """`python -m longspan.train.needle`: train the needle model, teach it where to search, measure it.
 
     train --recipe small --minutes 6 --out needle      a model from nothing; Ctrl-C stops, the same command goes on
-    eval --model needle/model --lengths 512,1K --attention dense superlinear:window=128
+    route --model needle/model --attention superlinear:window=63 --length 512 --minutes 3 --out needle/routed
+    eval --model needle/model --adapter needle/routed --lengths 512,1K --attention dense superlinear:window=63
 
-Between the two, `longspan convert --model needle/model --attention superlinear:... --asked 0` teaches routing queries.
+`route` is `longspan convert` on the model's own questions: it teaches a mechanism with the weights frozen.
 """
 
 from __future__ import annotations
@@ -30,7 +31,22 @@ def main(arguments: Sequence[str]) -> int:
     train.add_argument("--out", type=Path, required=True, help="a folder; a stopped run goes on from it")
     train.add_argument("--longest", default="64K", help="most tokens of a sequence; default: %(default)s")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--start", type=Path, metavar="FOLDER", help="the folder model of an earlier --out")
+    train.add_argument("--begin", type=float, default=0.0, help="share of the phases that earlier runs have done")
+    train.add_argument("--end", type=float, default=1.0, help="share that is done after this run")
     train.add_argument("--compile", action="store_true", help="let torch.compile make the forward (a GPU)")
+    route = commands.add_parser("route", help="teach it a mechanism")
+    route.add_argument("--model", required=True)
+    route.add_argument("--attention", default="superlinear", metavar="SPEC")
+    route.add_argument("--length", default="8K", help="most tokens of a sequence; default: %(default)s")
+    route.add_argument(
+        "--density", type=float, default=0.1, help="facts, as a share of what fits; default: %(default)s"
+    )
+    route.add_argument("--rank", type=int, default=32)
+    route.add_argument("--rate", type=float, default=3e-3)
+    route.add_argument("--minutes", type=float, required=True)
+    route.add_argument("--out", type=Path, required=True)
+    route.add_argument("--seed", type=int, default=0)
     measure = commands.add_parser("eval", help="what it finds")
     measure.add_argument("--model", required=True)
     measure.add_argument("--adapter", help="routing queries that longspan convert taught it")
@@ -41,11 +57,11 @@ def main(arguments: Sequence[str]) -> int:
     measure.add_argument("--facts", type=int, default=16, help="most facts of a text; default: %(default)s")
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--json", action="store_true")
-    for each in (train, measure):
+    for each in (train, route, measure):
         each.add_argument("--device", default="auto")
     given = made.parse_args(arguments)
     try:
-        return _train(given) if given.command == "train" else _eval(given)
+        return {"train": _train, "route": _route, "eval": _eval}[given.command](given)
     except LongspanError as error:
         print(f"longspan: {error}", file=sys.stderr)
         return 130 if type(error).__name__ == "Cancelled" else 2
@@ -58,8 +74,8 @@ def _train(given: argparse.Namespace) -> int:
     from longspan.train.needle.learn import Learn
     from longspan.train.needle.recipe import named, shorter
 
-    recipe = shorter(named(given.recipe, given.seed), lengths_of(given.longest)[0])
-    task = Learn(recipe, installed(), pick_device(given.device), compiled=given.compile)
+    recipe = shorter(named(given.recipe, given.seed, given.begin, given.end), lengths_of(given.longest)[0])
+    task = Learn(recipe, installed(), pick_device(given.device), start=given.start, compiled=given.compile)
     budget = loop.Budget(60 * given.minutes)
     _tell(f"{sum(p.numel() for p in task.parameters.values()):,} parameters")
     try:
@@ -68,6 +84,22 @@ def _train(given: argparse.Namespace) -> int:
         if (given.out / loop.LOG).is_file():
             task.save(given.out / "model", task.identity)
             draw(given.out / loop.LOG, given.out / "curves.png")
+    return 0
+
+
+def _route(given: argparse.Namespace) -> int:
+    from longspan.attention import parse
+    from longspan.hf.loading import load
+    from longspan.hf.model import CausalModel
+    from longspan.train.convert import Options, convert
+    from longspan.train.needle.learn import Questions
+    from longspan.train.needle.tasks import Mix
+
+    loaded = load(given.model, device=given.device)
+    model = CausalModel(loaded.name, loaded.model, loaded.tokenizer, native=False)
+    options = Options(rank=given.rank, length=lengths_of(given.length)[0], rate=given.rate, seed=given.seed, rows=96)
+    source = Questions(installed(), Mix(text=0.75, density=given.density))
+    convert(model, parse(given.attention), source, given.out, 60 * given.minutes, options, tell=_tell)
     return 0
 
 

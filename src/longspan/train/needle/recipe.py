@@ -70,16 +70,25 @@ class Recipe:
     rates: Rates = field(default_factory=Rates)
     text_weight: float = 0.1
     """How much predicting the text counts, beside the answers' 1."""
+    begin: float = 0.0
+    """Share of the phases that earlier runs have done: this one starts from their weights."""
+    end: float = 1.0
+    """Share that is done after this run."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what is no recipe."""
         if self.size not in SIZES:
             raise UsageError(f"there is no size {self.size!r}: use {' or '.join(SIZES)}")
+        if not 0 <= self.begin < self.end <= 1:
+            raise UsageError(
+                f"--begin {self.begin} and --end {self.end} leave nothing: give shares of the phases, 0 to 1"
+            )
 
     def phase(self, done: float) -> Phase:
-        """Return what is read when a share of the time is done."""
-        return next((phase for phase in self.phases if done < phase.until), self.phases[-1])
+        """Return what is read when a share of this run's time is done."""
+        whole = self.begin + done * (self.end - self.begin)
+        return next((phase for phase in self.phases if whole < phase.until), self.phases[-1])
 
 
 RECIPES = {
@@ -101,8 +110,8 @@ def shorter(recipe: Recipe, longest: int) -> Recipe:
     return replace(recipe, phases=tuple(replace(p, length=min(p.length, longest)) for p in recipe.phases))
 
 
-def named(name: str, seed: int) -> Recipe:
-    """Return a recipe by its name (UsageError: there is none), with a seed."""
+def named(name: str, seed: int, begin: float = 0.0, end: float = 1.0) -> Recipe:
+    """Return a recipe by its name (UsageError: there is none), with a seed, from one share of its phases to another."""
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}: use {' or '.join(RECIPES)}")
-    return replace(RECIPES[name], seed=seed)
+    return replace(RECIPES[name], seed=seed, begin=begin, end=end)
