@@ -1,8 +1,8 @@
 """What the needle model learns from: real text with facts in it, then many questions about them, in bytes.
 
 A fact is an assignment as settings files have them, ` nopek=4829; `; a question has marks of its own,
-`<ask>nopek=4829<end>`. What a fact and its question share stands in the same letters directly before the answer, where a
-layer that looks a few tokens back sees it (docs/training.md). Kinds of questions, all asked about facts of one text:
+`<ask>nopek=4829<end>`. What a fact and its question share stands in the same letters directly before the answer, where
+a layer that looks a few tokens back sees it (docs/training.md). Kinds of questions, all about facts of one text:
 
 - `key`: one name, one code, among all the other names (with one fact in the text: a needle);
 - `values`: a name with several codes, told in the text's order, `4829,1132`;
