@@ -163,10 +163,11 @@ def test_questions_stand_behind_the_text_and_their_answers_count(tiny, text):
 def test_the_command_says_what_is_wrong(capsys, folder, tmp_path, places):
     from longspan.cli import run
 
-    out = ["--out", str(tmp_path / "a"), "--model", str(folder), "--device", "cpu"]
+    data = ["--data", str(Path(__file__))]
+    out = ["--out", str(tmp_path / "a"), "--model", str(folder), "--device", "cpu", *data]
     assert run(["convert", *out, "--hours", "0"]) == 2
     assert "--hours 0 leaves no time" in capsys.readouterr().err
     assert run(["extend", *out, "--to", "512", "--hours", "0.001"]) == 2
     assert "give a --to above" in capsys.readouterr().err
-    assert run(["convert", *out, "--data", str(Path(__file__)), "--length", "1000000", "--hours", "0.001"]) == 2
+    assert run(["convert", *out, "--length", "1000000", "--hours", "0.001"]) == 2
     assert "more with --data" in capsys.readouterr().err

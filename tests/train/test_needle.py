@@ -2,13 +2,16 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from longspan.attention import parse
-from longspan.errors import UsageError
+from longspan.engine.kv_context import KVContext
+from longspan.errors import Cancelled, ModelError, UsageError
 from longspan.hf.loading import load
+from longspan.hf.training import hidden_states
 from longspan.train import loop
 from longspan.train.needle import evaluate, learn, tasks
 from longspan.train.needle.recipe import RECIPES, SIZES, Phase, Recipe, Size, named, shorter
@@ -53,39 +56,49 @@ def tiny_recipe(monkeypatch):
     return Recipe("tiny", (Phase(1.0, 64),), batch=512, rates=Rates(warmup=5))
 
 
-def test_a_tiny_model_learns_and_goes_on_where_it_stopped(monkeypatch, tmp_path):
+def test_a_tiny_model_learns(monkeypatch, tmp_path):
     recipe = tiny_recipe(monkeypatch)
     task = learn.Learn(recipe, HAY, torch.device("cpu"))
-    rows = loop.train(task, tmp_path / "once", loop.Budget(steps=12), recipe.rates)
+    rows = loop.train(task, tmp_path, loop.Budget(steps=40), recipe.rates)
     assert sum(r["loss"] for r in rows[-3:]) < 0.7 * sum(r["loss"] for r in rows[:3])
     assert all(p.grad is None for p in task.parameters.values())
-    from longspan.errors import Cancelled
 
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path):
+    recipe, budget = tiny_recipe(monkeypatch), loop.Budget(steps=12)
+
+    def task():
+        return learn.Learn(recipe, HAY, torch.device("cpu"))
+
+    once = loop.train(task(), tmp_path / "once", budget, recipe.rates)
     with pytest.raises(Cancelled):
-        loop.train(
-            learn.Learn(recipe, HAY, torch.device("cpu")), tmp_path / "two", loop.Budget(steps=12), recipe.rates,
-            stop_after=5,
-        )  # fmt: skip
-    again = learn.Learn(recipe, HAY, torch.device("cpu"))
-    assert [r["loss"] for r in loop.train(again, tmp_path / "two", loop.Budget(steps=12), recipe.rates)] == [
-        r["loss"] for r in rows
-    ]
+        loop.train(task(), tmp_path / "two", budget, recipe.rates, stop_after=5)
+    rows = loop.train(task(), tmp_path / "two", budget, recipe.rates)
+    assert [r["loss"] for r in rows] == [r["loss"] for r in once]
+
+
+def test_a_run_begins_with_the_weights_of_an_earlier_one(monkeypatch, tmp_path):
+    recipe, cpu = tiny_recipe(monkeypatch), torch.device("cpu")
+    task = learn.Learn(recipe, HAY, cpu)
+    task.save(tmp_path / "m", task.identity)
+    other = learn.Learn(replace(recipe, seed=1), HAY, cpu, start=tmp_path / "m")
+    assert all(torch.equal(p, task.parameters[name].bfloat16().float()) for name, p in other.parameters.items())
+    monkeypatch.setitem(SIZES, "tiny", Size("M*", 32, 2, 1, 32, 16))
+    for folder in (tmp_path / "m", tmp_path / "none"):
+        with pytest.raises(ModelError, match="no model of this recipe's size") as caught:
+            learn.Learn(recipe, HAY, cpu, start=folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_engine_answers_as_the_trainer_does(monkeypatch, tmp_path):
     task = learn.Learn(tiny_recipe(monkeypatch), HAY, torch.device("cpu"))
     task.save(tmp_path / "m", task.identity)
     model = load(str(tmp_path / "m"), device="cpu", dtype=torch.float32)
-    begun = learn.Learn(task.recipe, HAY, torch.device("cpu"), start=tmp_path / "m")
-    assert all(torch.equal(p, task.parameters[name].bfloat16().float()) for name, p in begun.parameters.items())
     text = "naïve <b> \n"
     assert model.tokens(text) == list(text.encode()) and model.decode(list(text.encode())) == text
     assert model.tokens("<|ask|>ab=") == [tasks.ASK, 97, 98, 61] and model.end_tokens == {tasks.END}
     rng = random.Random(0)
     tokens = [tasks.START, *(rng.randrange(97, 123) for _ in range(150))]
-    from longspan.engine.kv_context import KVContext
-    from longspan.hf.training import hidden_states
-
     context = KVContext(model, parse("dense"))
     context.extend(tokens[:-1])
     found = context.step(tokens[-1:])

@@ -50,7 +50,7 @@ def ask(
     """
     work.spread(gpus)
     if work.follows():
-        work.follow(model, attention, device, prefill=prefill, weights=weights, parallel=parallel)
+        work.follow(model, attention, device, prefill=prefill, weights=weights, adapter=adapter, parallel=parallel)
         return
     question = output.readable(question)
     if not question.strip():

@@ -64,7 +64,7 @@ def chat(
     """
     work.spread(gpus)
     if work.follows():
-        work.follow(model, attention, device, prefill=prefill, weights=weights, parallel=parallel)
+        work.follow(model, attention, device, prefill=prefill, weights=weights, adapter=adapter, parallel=parallel)
         return
     if "-" in (doc or []):
         raise UsageError("chat reads questions from standard input: give the document as a file")

@@ -79,7 +79,7 @@ def serve(
     """
     work.spread(gpus)
     if work.follows():
-        work.follow(model, attention, device, prefill=prefill, weights=weights, parallel=parallel)
+        work.follow(model, attention, device, prefill=prefill, weights=weights, adapter=adapter, parallel=parallel)
         return
     keys = _keys(api_key_file)
     try:

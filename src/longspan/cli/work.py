@@ -152,7 +152,14 @@ def follows() -> bool:
 
 
 def follow(
-    model: str | None, attention: str | None, device: str, *, prefill: str | None, weights: str, parallel: str | None
+    model: str | None,
+    attention: str | None,
+    device: str,
+    *,
+    prefill: str | None,
+    weights: str,
+    adapter: str | None,
+    parallel: str | None,
 ) -> None:
     """Work for rank 0 until it ends; what goes wrong is told by it.
 
@@ -164,7 +171,10 @@ def follow(
     from longspan.engine.llm import LLM
 
     try:
-        LLM(model, attention, device, prefill=prefill, weights=weights, parallel=parallel or "auto").follow()
+        engine = LLM(
+            model, attention, device, prefill=prefill, weights=weights, adapter=adapter, parallel=parallel or "auto"
+        )
+        engine.follow()
     except (LongspanError, KeyboardInterrupt):
         raise typer.Exit(1) from None
 

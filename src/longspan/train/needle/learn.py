@@ -99,14 +99,18 @@ class Learn:
 def _begin(model: Any, folder: Path) -> None:
     """Give a model the weights of a folder (ModelError: it is of another size, or holds none)."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    wrong = ModelError(f"{folder} holds no model of this recipe's size: name the folder model of its --out")
+    if not (folder / "model.safetensors").is_file():
+        raise wrong
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(
-            f"{folder} holds no model of this recipe's size: name the folder model of its --out"
-        ) from error
+        # Tensors have other names in files of nemotron_h than in its modules: transformers knows which.
+        begun, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model.load_state_dict(begun.state_dict())
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise wrong from error
+    if found["missing_keys"]:
+        raise wrong
 
 
 class Questions:
