@@ -90,6 +90,7 @@ def test_a_run_that_failed_goes_on(cli, here, monkeypatch):
         (("--base-url", "http://a:b@127.0.0.1/v1"), "password"),
         (("--base-url", "{url}", "--model", "other"), "has no model 'other'"),
         (("--base-url", "{url}", "--attention", "dense"), "--attention is for a model that runs here"),
+        (("--base-url", "{url}", "--adapter", "taught"), "--adapter is for a model that runs here"),
         (("--base-url", "{url}", "--kv", "int4", "--budgets", "1/4"), "--budgets, --kv is for a model"),
         (("--base-url", "{url}", "--parallel", "0"), "--parallel 0"),
         (("--base-url", "{url}", "--timeout", "0"), "--timeout 0"),

@@ -1,5 +1,7 @@
 """Adapters: written and read again, merged into weights, refused where they belong to another model."""
 
+import json
+
 import pytest
 import torch
 
@@ -73,6 +75,22 @@ def test_the_engine_searches_by_routing_queries(tiny, folder, tmp_path, places):
     assert torch.equal(logits(str(tmp_path / "zero")), plain), "untrained, the query itself searches"
     full(tiny, lora={}, gates=None).save(tmp_path / "trained")
     assert not torch.allclose(logits(str(tmp_path / "trained")), plain)
+
+
+def test_evals_ask_a_model_with_an_adapter_as_it_was_trained(tiny, folder, tmp_path, places, capsys):
+    from longspan.cli import run
+
+    full(tiny).save(tmp_path / "a")
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    asked = ["--model", str(folder), "--lengths", "256", "--questions", "1", "--device", "cpu", "--dtype", "float32"]
+    asked += ["--haystack", str(tmp_path / "text.txt")]
+    for more in ([], ["--adapter", str(tmp_path / "a")], ["--adapter", str(tmp_path / "a"), "--attention", "dense"]):
+        assert run(["eval", "passkey", *asked, *more, "--out", str(tmp_path / "rows")]) == 0
+        capsys.readouterr()
+    lines = (tmp_path / "rows" / "passkey.jsonl").read_text().splitlines()
+    found = [(row["mechanism"], row["fingerprint"]) for row in map(json.loads, lines) if "fingerprint" in row]
+    assert len(set(found)) == 3 and len({fingerprint for _, fingerprint in found}) == 2
+    assert "superlinear" in found[1][0] and found[2][0] == "dense"
 
 
 def test_decode_steps_that_search_by_queries_are_not_used(tiny, folder, tmp_path):

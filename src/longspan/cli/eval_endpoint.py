@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from longspan.evals.endpoint.asker import Endpoint
     from longspan.evals.endpoint.client import Client
 
-_OF_A_MODEL_HERE = ("attention", "mechanisms", "budgets", "prefill", "kv", "kv_budget", "device", "dtype")
+_OF_A_MODEL_HERE = ("attention", "mechanisms", "budgets", "prefill", "kv", "kv_budget", "device", "dtype", "adapter")
 _OF_AN_ENDPOINT = ("completions", "parallel", "timeout", "tokenizer", "api_key_env", "api_key_file")
 
 

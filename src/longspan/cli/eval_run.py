@@ -140,6 +140,7 @@ def _engines(given: Shared, progress: Progress) -> _Askers:
     from longspan.evals.arguments import specs_of
     from longspan.evals.asking.engines import Engines, Way, choosing, ways
     from longspan.evals.environment import environment
+    from longspan.hf import adapter as adapters
 
     if given.mechanisms is not None and given.attention is not None:
         raise UsageError("--mechanisms names several ways to attend in place of --attention: give one of the two")
@@ -152,7 +153,9 @@ def _engines(given: Shared, progress: Progress) -> _Askers:
     elif budgets:
         raise UsageError("--budgets are shares for a mechanism: name one with --attention or --mechanisms")
     else:
-        found = [Way(given.attention or "")]
+        # As everywhere, an adapter attends by what it was trained for unless told otherwise.
+        taught = None if given.adapter is None else adapters.read(given.adapter).attention
+        found = [Way(given.attention or taught or "")]
     limit = None if given.kv_budget is None else bytes_of(given.kv_budget)
     first = work.load(
         given.model, found[0].spec or None, given.device, progress, prefill=given.prefill, kv=given.kv,
