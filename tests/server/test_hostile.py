@@ -135,3 +135,11 @@ def test_one_session_that_cannot_be_saved_leaves_the_others_saved(live, monkeypa
 def test_counters_are_copied_while_they_are_counted():
     counters, done = Metrics(), {"stop", "length", "read", "cancelled", "error"}
     assert set(counters.finished) == done, "a dictionary that grows can't be copied from another thread"
+
+
+def test_a_schema_too_wide_to_be_followed_is_told_not_cut_short(live):
+    forms = [{"type": "object", "properties": {f"a{i}{j}": {"type": "string"} for j in range(30)}} for i in range(60)]
+    how = {"type": "json_schema", "json_schema": {"name": "wide", "schema": {"anyOf": forms}}}
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": how, "max_tokens": 20}
+    answer = post(live, "/v1/chat/completions", body)
+    assert answer.status_code == 400 and "simpler" in answer.json()["error"]["message"], answer.text

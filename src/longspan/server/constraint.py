@@ -14,6 +14,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
+from longspan.errors import UsageError
 from longspan.hf.model import CausalModel
 from longspan.server.refusals import ApiError
 
@@ -97,7 +98,10 @@ class Follower:
 
     def allowed(self) -> Tensor:
         """Return a bitmask int32 `[ceil(V / 32)]` of the tokens that may come next."""
-        return torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():  # its mask would end the answer, as if it were whole
+            raise UsageError("the schema has too many ways to go on for an answer to follow it: give a simpler one")
+        return torch.frombuffer(bytearray(mask), dtype=torch.int32)
 
     def accept(self, token: int) -> None:
         """Be told which came."""
