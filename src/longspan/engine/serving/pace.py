@@ -8,7 +8,8 @@ from __future__ import annotations
 
 SHARE = 1.2
 """How long a chunk may take, in steps of decode."""
-LEAST, MOST = 16, 1 << 15
+LEAST, SOON, MOST = 4, 16, 1 << 15
+"""Tokens of a chunk at least, of a short request's, and at most."""
 _OLD = 0.9
 
 
@@ -23,9 +24,11 @@ class Pace:
         self.answering = False
         """Whether answers are being written."""
 
-    def most(self) -> int:
-        """Return how many tokens may be read together now."""
-        return self.tokens if self.answering else MOST
+    def most(self, *, short: bool = False) -> int:
+        """Return how many tokens may be read together now; `short`: of a request that is about to be answered."""
+        if not self.answering:
+            return MOST
+        return max(self.tokens, SOON) if short else self.tokens
 
     def stepped(self, seconds: float) -> None:
         """Learn how long a step took."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,7 +121,8 @@ class Rounds:
             self.metrics.queued.observe(time.perf_counter() - item.submitted)
             try:
                 session = self.held.session(item.session, make=item.request.makes_session)
-                self._steps[item] = item.reading(self.llm, session, self.held.cached, self._pace.most)
+                most = partial(self._pace.most, short=item.left <= _SHORT)
+                self._steps[item] = item.reading(self.llm, session, self.held.cached, most)
                 self.reading.append(item)
             except Exception as error:
                 self._fail(item, error)
