@@ -1,6 +1,7 @@
 """The needle model: sequences say what they claim, a tiny one learns to copy, engine and trainer agree on it."""
 
 import itertools
+import json
 import random
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from longspan.errors import Cancelled, ModelError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.training import hidden_states
 from longspan.train import loop
+from longspan.train.needle import __main__ as command
 from longspan.train.needle import evaluate, learn, tasks
 from longspan.train.needle.recipe import RECIPES, SIZES, Phase, Recipe, Size, named, shorter
 from longspan.train.optimiser import Rates
@@ -109,6 +111,19 @@ def test_the_engine_answers_as_the_trainer_does(monkeypatch, tmp_path):
     lines = evaluate.evaluate(model, [parse("dense"), parse("streaming")], [200], HAY, texts=1, questions=2)
     assert {line.attention for line in lines} == {"dense", "streaming"} and lines[-1].kind == "all"
     assert sum(line.count for line in lines if line.kind == "all") == 4
+
+
+def test_the_command_measures_and_says_what_is_wrong(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "installed", lambda: HAY)
+    task = learn.Learn(tiny_recipe(monkeypatch), HAY, torch.device("cpu"))
+    task.save(tmp_path / "m", task.identity)
+    asked = ["eval", "--model", str(tmp_path / "m"), "--lengths", "100,200", "--texts", "2", "--questions", "1"]
+    assert command.main([*asked, "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["text"] == len(HAY) and told["trained"] == task.identity and told["device"]
+    assert [(line["length"], line["count"]) for line in told["lines"] if line["kind"] == "all"] == [(100, 2), (200, 2)]
+    assert command.main(["train", "--recipe", "great", "--minutes", "1", "--out", str(tmp_path / "no")]) == 2
+    assert "use small or needle" in capsys.readouterr().err
 
 
 def test_recipes_are_whole():

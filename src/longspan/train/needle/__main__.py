@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     measure.add_argument("--questions", type=int, default=8, help="about each text; default: %(default)s")
     measure.add_argument("--facts", type=int, default=16, help="most facts of a text; default: %(default)s")
     measure.add_argument("--seed", type=int, default=0)
-    measure.add_argument("--json", action="store_true")
+    measure.add_argument("--json", action="store_true", help="lines with where and with what they were measured")
     for each in (train, route, measure):
         each.add_argument("--device", default="auto")
     given = made.parse_args(arguments)
@@ -104,17 +105,27 @@ def _route(given: argparse.Namespace) -> int:
 
 
 def _eval(given: argparse.Namespace) -> int:
+    import torch
+
+    from longspan import __version__
     from longspan.attention import parse
     from longspan.hf.loading import load
     from longspan.train.needle.evaluate import evaluate
 
     model = load(given.model, device=given.device, adapter=given.adapter)
+    haystack = installed()
     lines = evaluate(
-        model, [parse(spec) for spec in given.attention], lengths_of(given.lengths), installed(), texts=given.texts,
+        model, [parse(spec) for spec in given.attention], lengths_of(given.lengths), haystack, texts=given.texts,
         questions=given.questions, facts=given.facts, seed=given.seed, tell=_tell,
     )  # fmt: skip
     if given.json:
-        print(json.dumps([dataclasses.asdict(line) for line in lines]))
+        about = {
+            "device": str(model.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "longspan": __version__, "command": f"python -m longspan.train.needle {shlex.join(sys.argv[1:])}",
+            "dtype": str(model.dtype).removeprefix("torch."), "text": len(haystack),
+        }  # fmt: skip
+        about["trained"] = getattr(model.model.config, "longspan_training", None)
+        print(json.dumps({**about, "lines": [dataclasses.asdict(line) for line in lines]}))
         return 0
     for line in lines:
         share = f"{100 * line.right / line.count:3.0f} % ({100 * line.low:.0f} to {100 * line.high:.0f})"
