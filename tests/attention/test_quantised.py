@@ -20,6 +20,7 @@ CASES = {
     "sparse": dict(window=200),
     "superlinear": dict(window=150, spans=2, sinks=4),
     "quest": dict(budget=400, dense_layers=0),
+    "sparq": dict(budget=400, dense_layers=0),
     "tree": dict(window=100, leaves=4, beam=4),
     "retrieval": dict(window=200, read="place", pages=3),
     "xattention": dict(threshold=0.9),

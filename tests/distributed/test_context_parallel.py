@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from plain import dense, inputs
+from plain_ranks import dense, inputs
 
 from longspan.distributed.context_parallel import choose, decode_attention, gather_attention, spread_attention
 from longspan.distributed.layout import contiguous, held_by, interleaved, zigzag

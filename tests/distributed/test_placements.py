@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from plain import inputs
+from plain_ranks import inputs
 
 from longspan.distributed import placements
 from longspan.distributed.context_parallel import decode_attention, gather_attention

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from plain import dense, inputs
+from plain_ranks import dense, inputs
 
 from longspan.distributed.layout import contiguous, zigzag
 from longspan.distributed.ring import ring_attention

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain import inputs
+from plain_ranks import inputs
 
 from longspan.distributed.context_parallel import spread_attention
 from longspan.distributed.layout import held_by

@@ -105,9 +105,10 @@ def test_the_sentence_that_was_read_is_named_first(make, spec):
     assert session.documents[0].text[first.start : first.end] == MARKED
     others = answer.citations[1:]
     assert {each.source for each in others} <= {"retrieval", "words"}
-    assert not any(each.doc == first.doc and each.start < first.end and first.start < each.end for each in others)
     if not spec.startswith("retrieval") or "place" in spec:
-        assert all(0 <= each.mass <= first.mass for each in others)
+        # A page may begin within the sentence; what holds it whole was read with all of its mass.
+        assert all(0 <= each.mass <= 1.0 + 1e-4 for each in others)
+        assert all(each.mass >= first.mass - 1e-3 for each in others if MARKED in each.text)
     json.dumps([vars(each) for each in answer.citations])
     assert llm.ask("Where is it?", session).citations == answer.citations
 

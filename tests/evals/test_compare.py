@@ -57,7 +57,7 @@ def test_who_reads_everything_is_dense_and_who_reads_little_is_not(make_llm, tas
 def test_every_chooser_runs_at_every_budget_and_leaves_no_trace(make_llm, task):
     specs = list(choosing())
     names = {parse(spec).name for spec in specs}
-    assert names == {"streaming", "sparse", "superlinear", "quest", "tree", "retrieval"} | EVICTING
+    assert names == {"streaming", "sparse", "superlinear", "quest", "sparq", "tree", "retrieval"} | EVICTING
     assert {"quest:who=model", "tree:who=layer", "superlinear:sinks=4,summary=bounds", "retrieval:read=place"} <= set(
         specs
     )

@@ -178,7 +178,7 @@ def name(
 ) -> None:
     """Put the sentences that an answer was read from before its other citations, or say that none stands out.
 
-    Nothing is told twice: what overlaps with what stands before it is left out.
+    Passages that were chosen for the question follow whole, and may hold such a sentence.
 
     Args:
         answer: as it was written.
@@ -197,14 +197,11 @@ def name(
     named = standing_out(found)
     if not named:
         answer.unsourced = "no sentence stands out in what the answer was read from"
-    answer.citations = []
-    for each in [*_cited(session, named), *others]:
-        if not any(_overlap(each, told) for told in answer.citations):
-            answer.citations.append(each)
-
-
-def _overlap(one: Citation, other: Citation) -> bool:
-    return one.doc == other.doc and one.start < other.end and other.start < one.end
+    cited: list[Citation] = []
+    for each in _cited(session, named):  # a page may begin within a sentence that the page before it ends in
+        if not any(each.doc == told.doc and each.start < told.end and told.start < each.end for told in cited):
+            cited.append(each)
+    answer.citations = [*cited, *others]
 
 
 def _mass_of(cited: Citation, session: Session, mass: Tensor) -> float:
