@@ -201,7 +201,8 @@ def name(
     for each in _cited(session, named):  # a page may begin within a sentence that the page before it ends in
         if not any(each.doc == told.doc and each.start < told.end and told.start < each.end for told in cited):
             cited.append(each)
-    answer.citations = [*cited, *others]
+    same = {(each.doc, each.start, each.end) for each in cited}
+    answer.citations = [*cited, *(each for each in others if (each.doc, each.start, each.end) not in same)]
 
 
 def _mass_of(cited: Citation, session: Session, mass: Tensor) -> float:
