@@ -188,7 +188,7 @@ class Choosing(Mechanism):
         """See `Mechanism.cost`; for a layer that chooses, with every key of every block that may be read."""
         most = self.window + self.block - 1 + self.blocks_read * self.block
         keys = min(n, most)
-        summaries = 0 if self.who == "model" else max(0, n - self.window) // self.block * self.scored
+        summaries = 0.0 if self.who == "model" else max(0, n - self.window) // self.block * self._scored(shape)
         search = 2.0 * shape.query_heads * summaries * shape.head_dim
         vector = shape.kv_heads * shape.head_dim * shape.summary_bytes
         # The query at t reads min(t + 1, most) keys, and scores about t / n of the summaries.
@@ -200,6 +200,10 @@ class Choosing(Mechanism):
             kept_bytes=n * shape.token_bytes + n // self.block * vector * len(self.summaries),
             decode_keys=keys + summaries,
         )
+
+    def _scored(self, shape: Shape) -> float:
+        """Return the vectors of a head's size that scoring a block in decode reads."""
+        return self.scored
 
     @property
     def _sink_blocks(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.kernels import span_attention as kernel
-from longspan.kernels.partial_attention import partial_attention
+from longspan.kernels.partial_attention import merge_partials, partial_attention
 from longspan.kv.base import LayerKV
 
 GROUP, GPU_GROUP = 64, 512
@@ -101,3 +101,17 @@ def disjoint(lo: Tensor, hi: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Ten
 def _keys(kv: LayerKV, start: int, stop: int) -> Tensor:
     """Keys at their own positions; from the kept rotation of the whole context where the layer has one."""
     return kv.keys_at_own_positions(0, stop)[:, :, start:]
+
+
+def united(near: Tensor, near_lse: Tensor, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge a window `[B, Hq, T, Dv]` and spans `[B, Hq, T, S, Dv]`, each key in one of them: `(out, lse)`."""
+    together = torch.cat([near.unsqueeze(-2), outs], -2).movedim(-2, 0)
+    return merge_partials(together, torch.cat([near_lse.unsqueeze(-1), lses], -1).movedim(-1, 0))
+
+
+def each_with_window(near: Tensor, near_lse: Tensor, outs: Tensor, lses: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Merge each of S spans with the window apart: S times `(out, lse)`."""
+    return [
+        merge_partials(torch.stack([near, outs[..., j, :]]), torch.stack([near_lse, lses[..., j]]))
+        for j in range(outs.shape[-2])
+    ]

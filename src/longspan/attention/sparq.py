@@ -83,24 +83,17 @@ class SparQ(Choosing):
         pieces = [_block_mass(rows, piece, self.block) for piece in columns.split(step, -1)]
         return torch.cat(pieces, -1).view(batch, heads, count, blocks)
 
+    def _scored(self, shape: Shape) -> float:
+        """See `Choosing._scored`: a part of every key; of quantised pages every key as it is held."""
+        share = shape.kv_bytes / shape.summary_bytes
+        return self.block * (min(self.channels, shape.head_dim) / shape.head_dim if share >= 1 else share)
+
     def cost(self, n: int, shape: Shape) -> Cost:
-        """See `Mechanism.cost`; scores are counted as the whole keys that take as many bytes."""
+        """See `Mechanism.cost`; keys that are searched are kept twice, unless pages are quantised."""
         cost = super().cost(n, shape)
-        if self.who == "model":
-            return replace(cost, kept_bytes=n * shape.token_bytes)
-        most = self.window + self.block - 1 + self.blocks_read * self.block
-        keys, share = min(n, most), min(self.channels, shape.head_dim) / shape.head_dim
-        older = max(0, n - self.window) // self.block * self.block
-        column = shape.kv_heads * shape.head_dim * shape.kv_bytes
-        search = 2.0 * shape.query_heads * older * shape.head_dim
-        read = keys * (keys + 1) / 2 + (n - keys) * most
+        twice = self.who != "model" and shape.kv_bytes >= shape.summary_bytes
         return replace(
-            cost,
-            decode_flops=shape.read_flops(keys) + search * share,
-            decode_bytes=keys * shape.token_bytes + older * share * column,
-            prefill_flops=shape.read_flops(read) + search * max(0, n - self.window) / 2,
-            kept_bytes=n * (shape.token_bytes + column),
-            decode_keys=keys + older * share,
+            cost, kept_bytes=cost.kept_bytes + twice * n * shape.kv_heads * shape.head_dim * shape.summary_bytes
         )
 
 

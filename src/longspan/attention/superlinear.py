@@ -40,14 +40,13 @@ from torch import Tensor
 from longspan.attention import superlinear_gradients, superlinear_kernels, superlinear_sharded
 from longspan.attention.base import Cost, Hints, Mechanism, Shape, at_least, one_of
 from longspan.attention.sharded import Parts
-from longspan.attention.spans import attend_spans, disjoint
+from longspan.attention.spans import attend_spans, disjoint, each_with_window, united
 from longspan.attention.window import attend_window
 from longspan.distributed.group import Group
 from longspan.distributed.shards import ShardRows
 from longspan.errors import UsageError
 from longspan.kernels import superlinear as kernels
 from longspan.kernels.held import Held
-from longspan.kernels.partial_attention import merge_partials
 from longspan.kernels.superlinear import Turn, offsets
 from longspan.kv.base import PAGE, LayerKV
 
@@ -161,12 +160,8 @@ class Superlinear(Mechanism):
             lo, hi, shift = disjoint(lo, hi, shift)
         outs, lses = attend_spans(q, kv, first, lo, hi, shift, scale)
         if self.gate == "joint":
-            parts = torch.cat([near.unsqueeze(-2), outs], -2).movedim(-2, 0)
-            return merge_partials(parts, torch.cat([near_lse.unsqueeze(-1), lses], -1).movedim(-1, 0))[0]
-        each = [
-            merge_partials(torch.stack([near, outs[..., j, :]]), torch.stack([near_lse, lses[..., j]]))[0]
-            for j in range(outs.shape[-2])
-        ]
+            return united(near, near_lse, outs, lses)[0]
+        each = [out for out, _ in each_with_window(near, near_lse, outs, lses)]
         some = valid.any(-1, keepdim=True)
         weights = torch.softmax(torch.where(some, scores, torch.zeros_like(scores)), -1)
         routed = (weights.unsqueeze(-1) * torch.stack(each, -2)).sum(-2)
@@ -185,7 +180,7 @@ class Superlinear(Mechanism):
             return near
         lo = torch.zeros_like(hi)
         out, lse = attend_spans(q, kv, first, lo, hi, self.shifts(kv, first, q.shape[2], hi), scale)
-        return merge_partials(torch.stack([near[0], out[..., 0, :]]), torch.stack([near[1], lse[..., 0]]))
+        return each_with_window(*near, out, lse)[0]
 
     def search(self, q: Tensor, kv: LayerKV, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Find the spans of every query of a tile: `find` without the anchors."""

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from longspan.attention.sharded import Parts, attend_newest
-from longspan.attention.spans import attend_spans, disjoint
+from longspan.attention.spans import attend_spans, disjoint, each_with_window, united
 from longspan.distributed.group import Group
 from longspan.distributed.shards import ShardRows
-from longspan.kernels.partial_attention import merge_partials
 from longspan.kernels.superlinear import offsets
 
 if TYPE_CHECKING:
@@ -47,12 +46,8 @@ def attend_shard(
         lo, hi, shift = disjoint(lo, hi, shift)
     outs, lses = _spans(q, rows, first, lo, hi, shift, scale)
     if mechanism.gate == "joint":
-        together = torch.cat([near.unsqueeze(-2), outs], -2).movedim(-2, 0)
-        return Parts.one(*merge_partials(together, torch.cat([near_lse.unsqueeze(-1), lses], -1).movedim(-1, 0)))
-    each = [
-        merge_partials(torch.stack([near, outs[..., j, :]]), torch.stack([near_lse, lses[..., j]]))
-        for j in range(outs.shape[-2])
-    ]
+        return Parts.one(*united(near, near_lse, outs, lses))
+    each = each_with_window(near, near_lse, outs, lses)
     # A query without any span sums its window's softmax as often as there are spans.
     weights = torch.softmax(torch.where(some, scores, torch.zeros_like(scores)), -1).movedim(-1, 0)
     return Parts(torch.stack([out for out, _ in each]), torch.stack([lse for _, lse in each]), weights)
@@ -115,7 +110,7 @@ def _near(mechanism: Superlinear, q: Tensor, rows: ShardRows, first: int, scale:
     hi = older.clamp(max=mechanism.sinks - 1).expand(q.shape[0], q.shape[1], -1, -1)
     shift = mechanism.shifts(rows, first, count, hi)
     out, lse = _spans(q, rows, first, torch.zeros_like(hi), hi, shift, scale)
-    return merge_partials(torch.stack([near[0], out[..., 0, :]]), torch.stack([near[1], lse[..., 0]]))
+    return each_with_window(*near, out, lse)[0]
 
 
 def _spans(

@@ -41,8 +41,7 @@ async def chat(body: ChatRequest, http: HttpRequest, serving: Annotated[Serving,
 
 def request_of(body: ChatRequest, serving: Serving, key: str) -> Request:
     """Return what the engine is asked (ApiError: a template or a grammar refuses it)."""
-    limits = serving.scheduler.limits
-    most = body.token_limit or min(serving.options.default_tokens, limits.answer_tokens or 2**31)
+    most = serving.answer_tokens(body.token_limit)
     common: dict[str, Any] = {
         "params": body.params(most),
         "key": key,

@@ -41,8 +41,7 @@ async def responses(
 
 
 def _request(body: ResponsesRequest, serving: Serving, key: str) -> Request:
-    limits = serving.scheduler.limits
-    most = body.max_output_tokens or min(serving.options.default_tokens, limits.answer_tokens or 2**31)
+    most = serving.answer_tokens(body.max_output_tokens)
     temperature = 1.0 if body.temperature is None else body.temperature
     if body.top_p == 0:
         temperature = 0.0

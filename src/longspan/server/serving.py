@@ -89,6 +89,10 @@ class Serving:
                 code="session_not_found",
             )  # fmt: skip
 
+    def answer_tokens(self, asked: int | None) -> int:
+        """Return how many tokens an answer may have: what a client asks for, else the default within the limit."""
+        return asked or min(self.options.default_tokens, self.scheduler.limits.answer_tokens or 2**31)
+
     def submit(self, request: Request) -> Handle:
         """Queue a request (ApiError: it is refused)."""
         try:

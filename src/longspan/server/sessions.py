@@ -118,8 +118,7 @@ async def ask(name: Name, body: SessionAsk, http: HttpRequest, serving: Parts) -
     body.check_stream()
     note_user(http, body.user or body.safety_identifier)
     serving.check_session(name)
-    limits = serving.scheduler.limits
-    most = body.max_tokens or min(serving.options.default_tokens, limits.answer_tokens or 2**31)
+    most = serving.answer_tokens(body.max_tokens)
     handle = serving.submit(
         Request(
             messages=[{"role": "user", "content": body.question}],
