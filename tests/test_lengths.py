@@ -3,7 +3,7 @@
 import pytest
 
 from longspan.errors import UsageError
-from longspan.lengths import bytes_of, context_of, lengths_of, short, tokens_of
+from longspan.lengths import bytes_of, context_of, lengths_of, seconds_of, short, tokens_of
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,10 @@ def test_contexts_are_written_shortly():
     assert [short(n) for n in (131_072, 128_000, 10**6, 2**20, 1_500_000, 12_345)] == [
         "128Ki", "128K", "1M", "1Mi", "1.5M", "12.345K"
     ]  # fmt: skip
+
+
+def test_a_time_is_read():
+    assert [seconds_of(text) for text in ("90s", "1.5m", "12h", "7d")] == [90, 90, 43_200, 604_800]
+    for text in ("", "s", "90", "0s", "-1h", "infs", "nans", "1y"):
+        with pytest.raises(UsageError, match="write 90s"):
+            seconds_of(text)

@@ -1,4 +1,4 @@
-"""Lengths in tokens and sizes in bytes as people write them: `8192`, `16K`, `1M`, `1.5M`, `128Ki`; `8GiB`, `500MB`.
+"""Lengths in tokens and sizes in bytes as people write them: `8192`, `16K`, `1M`, `1.5M`, `128Ki`; `8GiB`; `12h`.
 
 It does not know what a length is good for: whether a model's window holds it is not asked here.
 """
@@ -84,3 +84,18 @@ def bytes_of(text: str) -> int:
     if size < 1:
         raise UsageError(f"{text!r} is no size in bytes: write 8GiB, 500MB or 1000000")
     return size
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(text: str) -> float:
+    """Read a time such as 90s, 12h or 7d in seconds (UsageError: it is none)."""
+    number, unit = text[:-1], _SECONDS.get(text[-1:])
+    try:
+        seconds = float(number) * unit if unit else 0.0
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"{text!r} is no time: write 90s, 30m, 12h or 7d")
+    return seconds

@@ -199,3 +199,62 @@ def test_odd_bodies_are_refused_in_openais_shape(guarded, sent):
         answer = guarded.http.post(path, content=sent, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400, answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.fixture(scope="module")
+def shared(tiny, own_places):
+    """Three keys, of which the first two are one owner's."""
+    keys = ("anna-first-key", "anna-second-key", "berts-only-key")
+    llm = LLM(tiny, "dense", store=SessionStore(own_places / "owned"))
+    with Live(llm, ServerOptions(keys=keys, owners=("anna", "anna", ""), sessions=2)) as made:
+
+        def ask(who, method, path, **how):
+            return made.http.request(method, f"/v1{path}", headers={"Authorization": f"Bearer {keys[who]}"}, **how)
+
+        yield made, ask
+
+
+def test_a_key_sees_its_owners_sessions_alone(shared):
+    live, ask = shared
+    texts = [{"name": "gate", "text": "The code of the gate is 7315."}]
+    assert ask(0, "POST", "/sessions", json={"name": "lease", "documents": texts}).json()["id"] == "lease"
+    assert ask(1, "GET", "/sessions/lease").json()["documents"][0]["name"] == "gate"
+    assert [each["id"] for each in ask(1, "GET", "/sessions").json()["data"]] == ["lease"]
+    assert ask(2, "GET", "/sessions").json()["data"] == []
+    stored = live.llm.store.names()
+    assert stored == ["anna.lease"]
+    chat = {"model": live.model, "messages": [{"role": "user", "content": "Which?"}], "max_tokens": 2}
+    for name in ("lease", "anna.lease"):
+        for method, path, body in (
+            ("GET", "", None), ("DELETE", "", None), ("POST", "/save", None), ("POST", "/restore", {}),
+            ("POST", "/fork", {"name": "mine"}), ("POST", "/ask", {"question": "Which?"}),
+            ("POST", "/documents", {"documents": texts}),
+        ):  # fmt: skip
+            answer = ask(2, method, f"/sessions/{name}{path}", json=body)
+            assert answer.status_code == 404 and "anna" not in answer.text.replace(name, ""), (path, answer.text)
+        assert ask(2, "POST", "/chat/completions", json={**chat, "session_id": name}).status_code == 404
+        own = {"model": live.model, "input": "Which?", "session_id": name}
+        assert ask(2, "POST", "/responses", json=own).status_code == 404
+    assert live.llm.store.names() == stored
+    assert (
+        ask(1, "POST", "/sessions/lease/ask", json={"question": "Which?", "max_tokens": 2}).json()["session"] == "lease"
+    )
+
+
+def test_two_owners_may_use_one_name_and_each_has_a_quota(shared):
+    _, ask = shared
+    assert ask(2, "POST", "/sessions", json={"name": "lease"}).status_code == 201
+    assert ask(2, "POST", "/sessions/lease/fork", json={"name": "copy"}).status_code == 201
+    assert ask(2, "POST", "/sessions", json={"name": "third"}).json()["error"]["code"] == "too_many_sessions"
+    assert ask(2, "POST", "/sessions/lease/fork", json={"name": "third"}).status_code == 403
+    assert ask(0, "POST", "/sessions", json={"name": "second"}).status_code == 201, "another's do not count"
+    assert len(ask(2, "GET", "/sessions/lease").json()["documents"]) == 0
+    assert ask(2, "DELETE", "/sessions/lease").json() == {"id": "lease", "object": "session.deleted", "deleted": True}
+    assert ask(0, "GET", "/sessions/lease").status_code == 200
+    assert ask(0, "POST", "/sessions", json={"name": "n" * 98}).status_code == 400
+
+
+def test_owners_are_known_by_their_keys_not_by_their_place():
+    first, second = Keys(["one-long-key", "two-long-key"]), Keys(["two-long-key", "one-long-key"])
+    assert first.owners == second.owners[::-1] and len(set(first.owners)) == 2
+    assert Keys(["one-long-key", "two-long-key"], ["anna", ""]).owners == ["anna", first.owners[1]]

@@ -9,6 +9,7 @@ import pytest
 from longspan.engine.serving import Limits, Metrics
 from longspan.engine.serving.holdings import Holdings
 from longspan.errors import SaveError
+from longspan.sessions.session import Turn
 
 HALF = "a\ud800b"
 
@@ -124,12 +125,12 @@ def test_one_session_that_cannot_be_saved_leaves_the_others_saved(live, monkeypa
         save(session)
 
     for name in ("left-a", "left-b"):
-        held.session(name)
-        held.changed.add(name)
+        held.session(name).turns.append(Turn("Who?", "Lise."))
+        held.residents.release(name)
     monkeypatch.setattr(live.llm, "save", saved)
     with pytest.raises(SaveError):
         held.clear(save=True)
-    assert live.llm.store.exists("left-b") and not held.sessions
+    assert live.llm.store.exists("left-b") and not len(held.residents)
 
 
 def test_counters_are_copied_while_they_are_counted():

@@ -41,6 +41,13 @@ def test_it_is_refused_in_a_line_before_a_model_is_loaded(capsys, tmp_path):
         ):
             code, err = run(capsys, "--model", "/nowhere", *arguments)
             assert code == expected and told in err and "\n" not in err, (arguments, err)
+        for wrong, told in (
+            ("anna short", "key 1"),
+            ("anna a-long-key more", "key 1"),
+            ("an.na a-long-key", "'an.na'"),
+        ):
+            keys.write_text(f"{wrong}\n")
+            assert told in run(capsys, "--api-key-file", str(keys))[1]
         keys.write_text("short\n")
         assert "key 1" in run(capsys, "--api-key-file", str(keys))[1]
 

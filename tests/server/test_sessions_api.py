@@ -1,6 +1,7 @@
 """Sessions over HTTP: documents are read once, asked, forked, brought back and deleted."""
 
 import json
+import threading
 
 TEXT = "The code of the gate is 7315. Lise keeps the spare key. " * 3
 
@@ -93,3 +94,22 @@ def test_chat_asks_a_session_with_citations(live):
         extra_body={"session_id": "chat", "citations": True},
     ))  # fmt: skip
     assert chunks[-1].choices[0].delta.citations[0]["doc"] == "gate"
+
+
+def test_a_session_is_told_of_while_the_engine_works(live):
+    made(live, "told", documents=[{"text": TEXT}])
+    ask(live, "told")
+    stop, begun = threading.Event(), threading.Event()
+
+    def busy(llm, held):
+        begun.set()
+        stop.wait(10)
+
+    waits = live.scheduler.run(busy, "told")
+    assert begun.wait(5)
+    try:
+        answer = live.http.get("/v1/sessions/told", timeout=5)
+        assert answer.json()["turns"] == 1 and "told" in live.http.get("/v1/sessions", timeout=5).text
+    finally:
+        stop.set()
+        waits.result(10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _EXTRA = "longspan serve needs more packages: pip install 'longspan[server]'"
 _KEY_LENGTH = 8
+_OWNER = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,7 +48,11 @@ def serve(
     port: Annotated[int, typer.Option("--port", "-p", metavar="N", help="0: any that is free.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option("--api-key-file", metavar="FILE", help="API keys, one a line; a request must bring one of them."),
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="API keys, one a line (KEY, or NAME KEY: keys of one name share sessions); a request must bring one.",
+        ),
     ] = None,
     insecure: Annotated[
         bool,
@@ -67,7 +73,23 @@ def serve(
     max_answer_tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens of one answer.")] = None,
     max_body: Annotated[str, typer.Option(metavar="BYTES", help="Of a request.")] = "16MiB",
     max_upload: Annotated[str, typer.Option(metavar="BYTES", help="Of uploaded documents.")] = "256MiB",
-    max_sessions: Annotated[int, typer.Option(metavar="N", help="Saved sessions.")] = 10_000,
+    max_sessions: Annotated[int, typer.Option(metavar="N", help="Saved sessions of each key.")] = 10_000,
+    session_memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Of the device for sessions in memory, such as 8GiB; others wait on disk."),
+    ] = None,
+    session_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="Of host memory for sessions that leave the device, before they go to disk."
+        ),
+    ] = None,
+    session_ttl: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Without use after which a session leaves memory (90s, 12h); it stays saved."
+        ),
+    ] = None,
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", help="In which answers may finish when the server is stopped.")
     ] = 30.0,
@@ -81,7 +103,7 @@ def serve(
     if work.follows():
         work.follow(model, attention, device, prefill=prefill, weights=weights, adapter=adapter, parallel=parallel)
         return
-    keys = _keys(api_key_file)
+    keys, owners = _keys(api_key_file)
     try:
         from longspan.server import listening
     except ModuleNotFoundError as error:
@@ -93,8 +115,10 @@ def serve(
         )
     if documents is not None and not documents.is_dir():
         raise UsageError(f"--documents {documents} is no folder: make it, or name another")
-    limits = _limits(max_queue, max_running, max_request_tokens, max_answer_tokens)
-    settings = _options(name, keys, host, insecure, documents, max_body, max_upload, max_sessions)
+    limits = _limits(
+        max_queue, max_running, max_request_tokens, max_answer_tokens, session_memory, session_host, session_ttl
+    )
+    settings = _options(name, keys, owners, host, insecure, documents, max_body, max_upload, max_sessions)
     socket = listening.bound(host, port)  # before minutes are spent on loading
     _log(log)
     with Progress() as progress:
@@ -116,32 +140,45 @@ def serve(
     output.say("longspan: stopped; sessions are saved")
 
 
-def _keys(file: Path | None) -> tuple[str, ...]:
-    """Return the keys of a file (UsageError: it can't be read, or one is too short to be a secret)."""
+def _keys(file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the keys of a file, and the names before them (UsageError: it can't be read, or a key is no secret)."""
     if file is None:
-        return ()
+        return (), ()
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         readable_by_all = bool(file.stat().st_mode & 0o004)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {file} can't be read ({error}): give a text file, one key a line") from error
-    keys = tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
-    if not keys:
+    told = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not told:
         raise UsageError(f"--api-key-file {file} holds no key: write one a line")
-    for number, key in enumerate(keys, 1):
-        if len(key) < _KEY_LENGTH or not key.isascii() or any(each.isspace() for each in key):
+    for number, parts in enumerate(told, 1):
+        key = parts[-1]
+        if len(key) < _KEY_LENGTH or not key.isascii() or len(parts) > 2:
             raise UsageError(
                 f"key {number} of {file} is no key: use at least {_KEY_LENGTH} ASCII characters without blanks, such "
                 "as `openssl rand -hex 24` prints"
             )
+        if len(parts) == 2 and not _OWNER.fullmatch(parts[0]):
+            raise UsageError(
+                f"the name of key {number} of {file} is {parts[0]!r}: use up to 40 letters, digits, - and _"
+            )
     if readable_by_all:
         output.say(f"longspan: {file} can be read by every user of this machine: chmod 600 {file}")
-    return keys
+    return tuple(parts[-1] for parts in told), tuple(parts[0] if len(parts) == 2 else "" for parts in told)
 
 
-def _limits(queue: int, running: int, request_tokens: str | None, answer_tokens: str | None) -> Limits:
+def _limits(
+    queue: int,
+    running: int,
+    request_tokens: str | None,
+    answer_tokens: str | None,
+    session_memory: str | None,
+    session_host: str | None,
+    session_ttl: str | None,
+) -> Limits:
     from longspan.engine.serving import Limits
-    from longspan.lengths import tokens_of
+    from longspan.lengths import bytes_of, seconds_of, tokens_of
 
     for option, value in (("--max-queue", queue), ("--max-running", running)):
         if value < 1:
@@ -151,12 +188,16 @@ def _limits(queue: int, running: int, request_tokens: str | None, answer_tokens:
         sequences=running,
         request_tokens=None if request_tokens is None else tokens_of(request_tokens),
         answer_tokens=None if answer_tokens is None else tokens_of(answer_tokens),
+        session_bytes=None if session_memory is None else bytes_of(session_memory),
+        session_host_bytes=0 if session_host is None else bytes_of(session_host),
+        session_seconds=None if session_ttl is None else seconds_of(session_ttl),
     )
 
 
 def _options(
     name: str | None,
     keys: tuple[str, ...],
+    owners: tuple[str, ...],
     host: str,
     insecure: bool,
     documents: Path | None,
@@ -172,6 +213,7 @@ def _options(
     return ServerOptions(
         name=name or "",
         keys=keys,
+        owners=owners,
         hosts=local,
         documents=documents,
         body_bytes=bytes_of(body),

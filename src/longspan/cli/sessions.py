@@ -14,6 +14,7 @@ import typer
 
 from longspan.cli import options, output, work
 from longspan.errors import UsageError
+from longspan.lengths import seconds_of
 
 if TYPE_CHECKING:
     from longspan.sessions.store import SessionInfo, SessionStore
@@ -28,7 +29,6 @@ TTL = Annotated[
         "a quota is short.",
     ),
 ]
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -134,7 +134,7 @@ def session_save(
     """
     from longspan.cli.progress import Progress
 
-    seconds = None if ttl is None else _seconds(ttl)
+    seconds = None if ttl is None else seconds_of(ttl)
     if not doc:
         store = _store()
         store.keep(name, seconds is None, seconds)
@@ -185,7 +185,7 @@ def session_fork(
     json: options.AsJson = False,
 ) -> None:
     """Save a session under a second name without copying it; either can be read on, or removed first."""
-    store, seconds = _store(), None if ttl is None else _seconds(ttl)
+    store, seconds = _store(), None if ttl is None else seconds_of(ttl)
     store.fork(name, new, kept=seconds is None, ttl=seconds)
     if json:
         output.write_json(_as_json(store.show(new)))
@@ -307,18 +307,6 @@ def _store() -> SessionStore:
     from longspan.sessions.store import SessionStore
 
     return SessionStore()
-
-
-def _seconds(text: str) -> float:
-    """Return a time such as 90s, 12h or 7d in seconds (UsageError: it is none)."""
-    number, unit = text[:-1], _SECONDS.get(text[-1:])
-    try:
-        seconds = float(number) * unit if unit else 0.0
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"--ttl {text!r} is no time: write 90s, 30m, 12h or 7d")
-    return seconds
 
 
 def _promise(about: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ It does not know mechanisms or models.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,6 +56,10 @@ class ShardKV:
     def nbytes(self) -> int:
         """Bytes that this rank holds."""
         return self.held.nbytes + self.rows.nodes.nbytes
+
+    def census(self) -> Counter[str]:
+        """Return how many pages this rank holds, by format."""
+        return self.held.census()
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Keep what is this rank's of the unrotated keys `[1, Hkv, T, D]` and values of the next T tokens."""

@@ -9,6 +9,7 @@ not know documents, questions or templates.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -50,6 +51,10 @@ class Layer(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that this context refers to."""
+        ...
+
+    def census(self) -> Counter[str]:
+        """Return how many pages this context holds, by format."""
         ...
 
     def commit(self) -> None:

@@ -16,54 +16,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
-from torch import Tensor
-
-from longspan.attention import Mechanism
 from longspan.engine.contexts import Context
 from longspan.engine.llm import LLM
-from longspan.engine.making import context_mechanism
+from longspan.engine.resident import Moves, Resident, fits, sizes
 from longspan.errors import PoolExhaustedError, SaveError, UsageError
 from longspan.sessions.session import Session
-
-
-@dataclass
-class Moves:
-    """How often sessions moved, and how often one could not be saved and stayed."""
-
-    to_host: int = 0
-    to_disk: int = 0
-    from_host: int = 0
-    from_disk: int = 0
-    stayed: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as JSON."""
-        return asdict(self)
-
-
-@dataclass
-class _Resident:
-    """One session, and where its memory is."""
-
-    session: Session | None = None
-    host: dict[str, Tensor] | None = None
-    """What `Context.tensors` returned, in host memory; None: it is on the device, or there is none."""
-    mechanism: Mechanism | None = None
-    """By what its context attends, and the tokens that this has read, while they are in host memory."""
-    tokens: tuple[int, ...] = ()
-    pins: int = 0
-    moving: bool = False
-    used: float = 0.0
-    """When it was last let go of."""
-    turn: int = 0
-    """Greater than that of every session that was used before."""
-    changed: bool = False
-    """Whether it was in use since it was last saved."""
 
 
 class Residents:
@@ -75,6 +36,7 @@ class Residents:
         *,
         memory: int | None = None,
         host: int = 0,
+        count: int | None = None,
         ttl: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,21 +46,26 @@ class Residents:
             llm: reads and saves them.
             memory: bytes that they may take on the device, as far as none in use takes more; None: no limit.
             host: bytes of host memory for those that leave the device; 0: they go to disk.
+            count: sessions on the device and in host memory together, as far as no more are in use; None: no limit.
             ttl: seconds after its last use at which a session goes to disk; None: only where room is short.
             clock: seconds that never go back.
         """
-        for what, value in (("memory", memory), ("host", host), ("ttl", ttl)):
+        for what, value in (("memory", memory), ("host", host), ("count", count), ("ttl", ttl)):
             if value is not None and value < 0:
                 raise UsageError(f"{what}={value} of the sessions in memory is below 0: give a number of 0 or more")
-        self.llm, self.memory, self.host, self.ttl = llm, memory, host, ttl
+        self.llm, self.memory, self.host, self.count, self.ttl = llm, memory, host, count, ttl
         self.moves = Moves()
         self.refused: str | None = None
         """Why a session could not be saved last, in one line."""
         self._clock, self._turn = clock, 0
-        self._held: dict[str, _Resident] = {}
+        self._held: dict[str, Resident] = {}
         self._lock = threading.Condition()
         self._carrying = threading.Lock()
         """Held by whoever moves a session: the others are used meanwhile."""
+
+    def __len__(self) -> int:
+        """Return how many sessions are in memory."""
+        return len(self._held)
 
     @property
     def names(self) -> list[str]:
@@ -111,16 +78,44 @@ class Residents:
         """Bytes that sessions take on the device, free room in their pools included; what forks share counts once."""
         with self._lock:
             sessions = [held.session for held in self._held.values() if held.session is not None]
-        sizes: dict[int, int] = {}
+        found: dict[int, int] = {}
         for session in sessions:
-            sizes |= _sizes(session.memory)
-        return sum(sizes.values())
+            found |= sizes(session.memory)
+        return sum(found.values())
 
     @property
     def host_bytes(self) -> int:
         """Bytes that sessions take in host memory, having left the device."""
         with self._lock:
-            return sum(_host_bytes(held) for held in self._held.values())
+            return sum(held.host_bytes for held in self._held.values())
+
+    @property
+    def host_pages(self) -> Counter[str]:
+        """How many pages lie in host memory, by format."""
+        with self._lock:
+            return sum((held.pages for held in self._held.values() if held.host is not None), Counter[str]())
+
+    @property
+    def contexts(self) -> list[Context]:
+        """What the sessions on the device remember."""
+        with self._lock:
+            found = [held.session.memory for held in self._held.values() if held.session is not None]
+        return [memory for memory in found if memory is not None]
+
+    @property
+    def due(self) -> float | None:
+        """Seconds until `tidy` has something to do because of time; None: it has not."""
+        if self.ttl is None:
+            return None
+        with self._lock:
+            left = [self.ttl - (self._clock() - held.used) for held in self._held.values() if not held.pins]
+        return max(0.0, min(left)) if left else None
+
+    def peek(self, name: str) -> Session | None:
+        """Return a session that is in memory, wherever it lies, to be looked at alone; None: it is not."""
+        with self._lock:
+            held = self._held.get(name)
+            return None if held is None else held.session
 
     @contextmanager
     def using(self, name: str) -> Iterator[Session]:
@@ -131,16 +126,21 @@ class Residents:
         finally:
             self.release(name)
 
-    def get(self, name: str) -> Session:
+    def get(self, name: str, *, make: bool = True) -> Session:
         """Return a session, saved or new, which stays in memory until it was let go of as often (`release`).
+
+        Args:
+            name: of the session.
+            make: whether it may be a new one (SessionNotFoundError: there is none).
 
         Raises as `LLM.session`; PoolExhaustedError: the KV budget does not hold it beside those in use.
         """
         with self._lock:
-            held = self._held.setdefault(name, _Resident())
-            while held.moving:
+            while (held := self._held.get(name)) is not None and held.moving:
                 self._lock.wait()
-                held = self._held.setdefault(name, _Resident())
+            if held is None and not make:
+                self.llm.store.existing(name)
+            held = self._held.setdefault(name, Resident())
             if held.session is not None and held.host is None:
                 return self._pinned(held)
             held.moving = True
@@ -161,15 +161,58 @@ class Residents:
         assert held.session is not None, "brought above"
         return held.session
 
-    def release(self, name: str) -> None:
-        """Let go of a session: it may move from now on. Others do, where it has grown beyond the quota."""
+    def release(self, name: str, *, changed: bool = True) -> None:
+        """Let go of a session: it may move from now on. Others do, where it has grown beyond the quota.
+
+        Args:
+            name: of the session.
+            changed: whether it may be another than it was; where it is not, it need not be saved again to move.
+        """
         with self._lock:
             held = self._held.get(name)
             if held is None or not held.pins:
                 raise UsageError(f"session {name!r} is not in use: get it before it is released")
             held.pins -= 1
+            held.changed |= changed
             held.used = self._clock()
         self.tidy()
+
+    def hold(self, session: Session) -> None:
+        """Take a session that was made elsewhere and is saved as it stands: a fork, say (UsageError: it is held)."""
+        assert session.name is not None, "only a session with a name is held"
+        with self._lock:
+            if session.name in self._held:
+                raise UsageError(f"session {session.name!r} is in memory already: forget it first")
+            self._turn += 1
+            self._held[session.name] = Resident(session, used=self._clock(), turn=self._turn)
+        self.tidy()
+
+    def save(self, name: str) -> None:
+        """Save a session that is in memory and may be another than the one that is saved.
+
+        Raises:
+            SaveError: it could not be; it is in memory as before.
+        """
+        with self._lock:
+            while (held := self._held.get(name)) is not None and held.moving:
+                self._lock.wait()
+            if held is None or held.session is None or not held.changed:
+                return
+            held.pins, held.changed = held.pins + 1, False  # what changes while it is saved is saved the next time
+        saved = False
+        try:
+            self.llm.save(held.session)
+            saved = True
+        finally:
+            with self._lock:
+                held.pins -= 1
+                held.changed |= not saved
+
+    def change(self, name: str) -> None:
+        """Note that a session in memory is another than the one that is saved."""
+        with self._lock:
+            if (held := self._held.get(name)) is not None:
+                held.changed = True
 
     def forget(self, name: str) -> None:
         """Drop a session from memory without saving it: it was removed, say (UsageError: it is in use)."""
@@ -179,12 +222,22 @@ class Residents:
             if held is not None and held.pins:
                 raise UsageError(f"session {name!r} is in use: wait until its answer is there")
             self._held.pop(name, None)
+        if held is not None and held.session is not None and held.session.memory is not None:
+            held.session.memory.free()
+            held.session.memory = None
+
+    def shrink(self, *, but: str | None = None) -> bool:
+        """Have the longest unused session leave the device, another than `but`; returns whether one did."""
+        return self._move(lambda held: held.on_device and held is not self._held.get(but or ""))
 
     def tidy(self) -> None:
         """Move what has not been used for too long, and the longest unused where the quota is passed."""
         now = self._clock()
-        while self.ttl is not None and self._move(lambda held: now - held.used > (self.ttl or 0), to_disk=True):
+        while self.ttl is not None and self._move(lambda held: now - held.used >= (self.ttl or 0), to_disk=True):
             pass
+        while self.count is not None and len(self._held) > self.count:
+            if not self._move(lambda held: True, to_disk=True):
+                break
         while self.memory is not None and self.nbytes > self.memory:
             if not self._move(_on_device):
                 break
@@ -200,13 +253,13 @@ class Residents:
 
     # --- steps ------------------------------------------------------------------------------------------------
 
-    def _pinned(self, held: _Resident) -> Session:
+    def _pinned(self, held: Resident) -> Session:
         assert held.session is not None, "looked at before"
         self._turn += 1
-        held.pins, held.turn, held.changed = held.pins + 1, self._turn, True
+        held.pins, held.turn = held.pins + 1, self._turn
         return held.session
 
-    def _bring(self, name: str, held: _Resident) -> None:
+    def _bring(self, name: str, held: Resident) -> None:
         """Have a session's memory on the device, others going where the KV budget has no room beside them."""
         saved = held.session is None and self.llm.store.exists(name)
         while True:
@@ -217,19 +270,20 @@ class Residents:
                 elif held.host is not None and held.mechanism is not None:
                     context = self.llm.new_context(held.mechanism)
                     context.restore(held.tokens, held.host)
-                    held.session.memory, held.host, held.tokens = context, None, ()
+                    held.session.memory = context
+                    held.off_host()
                     self.moves.from_host += 1
                 return
             except PoolExhaustedError:
                 if not self._moved(_on_device, to_disk=False):
                     raise
 
-    def _move(self, which: Callable[[_Resident], bool], *, to_disk: bool = False) -> bool:
+    def _move(self, which: Callable[[Resident], bool], *, to_disk: bool = False) -> bool:
         """Move the longest unused session of these one tier down, or to disk; returns whether one moved."""
         with self._carrying:
             return self._moved(which, to_disk)
 
-    def _moved(self, which: Callable[[_Resident], bool], to_disk: bool) -> bool:
+    def _moved(self, which: Callable[[Resident], bool], to_disk: bool) -> bool:
         tried: set[str] = set()
         while True:
             with self._lock:
@@ -253,7 +307,7 @@ class Residents:
                 return True
             tried.add(name)
 
-    def _carry(self, name: str, held: _Resident, to_disk: bool) -> bool:
+    def _carry(self, name: str, held: Resident, to_disk: bool) -> bool:
         """Move one session down; returns whether it could be saved."""
         session = held.session
         assert session is not None, "only what is there moves"
@@ -265,35 +319,17 @@ class Residents:
                 return False
         held.changed = False
         memory: Context | None = session.memory
-        if not to_disk and memory is not None and self._fits_host(memory):
-            held.host = {part: tensor.to("cpu", copy=True) for part, tensor in memory.tensors().items()}
-            held.mechanism, held.tokens = context_mechanism(memory), tuple(memory.tokens)
+        if not to_disk and memory is not None and fits(memory, self.host):
+            held.to_host(memory)
             self.moves.to_host += 1
         else:
-            held.host = None
+            held.off_host()
             self.moves.to_disk += 1
         if memory is not None:
             memory.free()
         session.memory = None
         return True
 
-    def _fits_host(self, memory: Context) -> bool:
-        """Whether host memory has room; what is still in a file is not read for that."""
-        if any(plane.coming is not None for kv in memory._layers() for plane in kv.pool.planes):
-            return False
-        return 0 < sum(_sizes(memory).values()) <= self.host
 
-
-def _on_device(held: _Resident) -> bool:
-    return held.session is not None and held.session.memory is not None
-
-
-def _host_bytes(held: _Resident) -> int:
-    return 0 if held.host is None else sum(tensor.nbytes for tensor in held.host.values())
-
-
-def _sizes(memory: Context | None) -> dict[int, int]:
-    """Return the bytes of each thing that a context refers to and may share with a fork."""
-    if memory is None:
-        return {}
-    return {id(kv.pool): kv.pool.nbytes for kv in memory._layers()} | memory.beside()
+def _on_device(held: Resident) -> bool:
+    return held.on_device

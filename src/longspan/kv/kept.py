@@ -13,6 +13,7 @@ It does not know which tokens are worth keeping, nor when to forget: `attention/
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -113,6 +114,10 @@ class KeptKV:
     def nbytes(self) -> int:
         """Bytes of pages, positions and of what was learned."""
         return sum(group.nbytes for group in self.groups)
+
+    def census(self) -> Counter[str]:
+        """Return how many pages this context holds, by format."""
+        return sum((group.pages.census() for group in self.groups), Counter[str]())
 
     @property
     def page_bytes(self) -> int:

@@ -14,6 +14,7 @@ It does not know positions (`rotary.py`), mechanisms, or which pages matter.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -25,7 +26,7 @@ from longspan.kv.base import PAGE
 from longspan.kv.blocks import BlockSummaries
 from longspan.kv.budget import Budget
 from longspan.kv.mirror import Mirror
-from longspan.kv.planes import Codes, Plane
+from longspan.kv.planes import SHIFT, Codes, Plane
 from longspan.kv.pool import SUMMARY, PagePool
 from longspan.kv.resolving import PageResolver
 from longspan.kv.rotary import Rotary
@@ -69,6 +70,11 @@ class PagedKV(PageResolver):
     def pages_held(self) -> int:
         """Number of pages that can be read."""
         return sum(handle != DROPPED for handle in self.table)
+
+    def census(self) -> Counter[str]:
+        """Return how many pages this context holds, by format; those that it shares with forks among them."""
+        planes = Counter(handle >> SHIFT for handle in self.table if handle != DROPPED)
+        return Counter({self.pool.planes[number].format.name: count for number, count in planes.items()})
 
     @property
     def nbytes(self) -> int:

@@ -27,10 +27,9 @@ async def chat(body: ChatRequest, http: HttpRequest, serving: Annotated[Serving,
     serving.check_model(body.model)
     body.check()
     note_user(http, body.user or body.safety_identifier)
-    if body.session_id is not None:
-        serving.check_session(body.session_id)
+    session = None if body.session_id is None else serving.session(http, body.session_id)
     # Templates and grammars may take a while: not on the loop that answers /health.
-    asked = await anyio.to_thread.run_sync(request_of, body, serving, key_of(http))
+    asked = await anyio.to_thread.run_sync(request_of, body, serving, key_of(http), session)
     handle = serving.submit(asked)
     answer = _Answer(body, serving, asked.n)
     if body.stream:
@@ -39,8 +38,15 @@ async def chat(body: ChatRequest, http: HttpRequest, serving: Annotated[Serving,
     return answering.whole(answer.completion())
 
 
-def request_of(body: ChatRequest, serving: Serving, key: str) -> Request:
-    """Return what the engine is asked (ApiError: a template or a grammar refuses it)."""
+def request_of(body: ChatRequest, serving: Serving, key: str, session: str | None = None) -> Request:
+    """Return what the engine is asked (ApiError: a template or a grammar refuses it).
+
+    Args:
+        body: what the client asks.
+        serving: the server's parts.
+        key: whose request it is.
+        session: under which name the session is saved that is asked.
+    """
     most = serving.answer_tokens(body.token_limit)
     common: dict[str, Any] = {
         "params": body.params(most),
@@ -49,9 +55,9 @@ def request_of(body: ChatRequest, serving: Serving, key: str) -> Request:
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "citations": bool(body.citations),
     }
-    if body.session_id is not None:
+    if session is not None:
         messages = [{"role": message.role, "content": message.content or ""} for message in body.messages]
-        return Request(messages=messages, session=body.session_id, makes_session=False, **common)
+        return Request(messages=messages, session=session, makes_session=False, **common)
     called = body.tools if body.tools and body.tool_choice != "none" else []
     text = prompting.rendered(serving.model, body.messages, called)
     return Request(text=text, constraint=_constraint(body, serving), **common)

@@ -76,7 +76,13 @@ class Counters(Collector):
         pages = GaugeMetricFamily("longspan_pages", "Pages held, by tier and format", labels=["tier", "format"])
         for (tier, form), count in now.pages_now.items():
             pages.add_metric([tier, form], count)
-        yield from (finished, pages)
+        taken = GaugeMetricFamily("longspan_session_bytes", "Bytes of sessions in memory, by tier", labels=["tier"])
+        for tier, count in now.session_bytes_now.items():
+            taken.add_metric([tier], count)
+        moves = CounterMetricFamily("longspan_session_moves", "Sessions that moved, or could not", labels=["move"])
+        for move, count in now.session_moves.items():
+            moves.add_metric([move], count)
+        yield from (finished, pages, taken, moves)
         for name, about, field in _HISTOGRAMS:
             family = HistogramMetricFamily(f"longspan_{name}", about)
             _fill(family, [], getattr(now, field))

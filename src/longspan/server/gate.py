@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,9 +30,12 @@ _log = logging.getLogger("longspan.server.access")
 class Keys:
     """The keys that are let in; none: everybody is."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        """Take the keys; only their digests are held."""
+    def __init__(self, keys: Sequence[str], owners: Sequence[str] = ()) -> None:
+        """Take the keys, of which only digests are held, and the names of their owners (none, or empty: the key's)."""
         self._digests = [_digest(key.encode()) for key in keys]
+        # Not by their numbers: a line added to the file of keys must not give sessions to somebody else.
+        named = owners or [""] * len(keys)
+        self.owners = [name or f"k{digest.hex()[:12]}" for name, digest in zip(named, self._digests, strict=True)]
 
     def __bool__(self) -> bool:
         """Return whether a key is needed."""
@@ -57,7 +60,7 @@ class Gate:
     def __init__(self, app: ASGIApp, options: ServerOptions, counters: Counters) -> None:
         """Take the application, what the limits are, and where requests are counted."""
         self.app, self.options, self.counters = app, options, counters
-        self.keys = Keys(options.keys)
+        self.keys = Keys(options.keys, options.owners)
         self.inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +121,7 @@ class Gate:
                     401, "a valid API key is needed: send 'Authorization: Bearer KEY'", code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
-            scope["longspan.key"] = str(number)
+            scope["longspan.key"], scope["longspan.owner"] = str(number), self.keys.owners[number]
         if counted and self.inside > options.requests:
             raise ApiError(429, f"{options.requests} requests are under way: ask again later", code="too_many_requests",
                            headers={"Retry-After": "1"})  # fmt: skip

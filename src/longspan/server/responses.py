@@ -29,9 +29,8 @@ async def responses(
     serving.check_model(body.model)
     body.check()
     note_user(http, body.user or body.safety_identifier)
-    if body.session_id is not None:
-        serving.check_session(body.session_id)
-    asked = await anyio.to_thread.run_sync(_request, body, serving, key_of(http))
+    session = None if body.session_id is None else serving.session(http, body.session_id)
+    asked = await anyio.to_thread.run_sync(_request, body, serving, key_of(http), session)
     handle = serving.submit(asked)
     answer = _Answer(body, serving)
     if body.stream:
@@ -40,7 +39,7 @@ async def responses(
     return answering.whole(answer.response())
 
 
-def _request(body: ResponsesRequest, serving: Serving, key: str) -> Request:
+def _request(body: ResponsesRequest, serving: Serving, key: str, session: str | None) -> Request:
     most = serving.answer_tokens(body.max_output_tokens)
     temperature = 1.0 if body.temperature is None else body.temperature
     if body.top_p == 0:
@@ -48,8 +47,8 @@ def _request(body: ResponsesRequest, serving: Serving, key: str) -> Request:
     common: dict[str, Any] = {
         "params": SamplingParams(most, temperature, body.top_p or 1.0), "key": key, "citations": False,
     }  # fmt: skip
-    if body.session_id is not None:
-        return Request(messages=body.messages, session=body.session_id, makes_session=False, **common)
+    if session is not None:
+        return Request(messages=body.messages, session=session, makes_session=False, **common)
     form = body.text.format if body.text is not None else None
     follow = None
     if form is not None and form.type != "text":

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from longspan.hf.model import CausalModel
 
 
+LONGEST_NAME = 100
+"""Characters under which a session can be saved."""
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """How the server behaves; the defaults are safe on a machine of one's own."""
@@ -26,6 +30,8 @@ class ServerOptions:
     """Under which the model is listed; empty: its own."""
     keys: tuple[str, ...] = ()
     """Of which a request must bring one; none: no request needs a key."""
+    owners: tuple[str, ...] = ()
+    """Whose each key is: keys of one owner share sessions, others don't see them. None, or empty: the key's alone."""
     hosts: tuple[str, ...] = ()
     """Names in the `Host` header that are served; none: all. So pages of other sites can't ask a local server."""
     documents: Path | None = None
@@ -42,7 +48,7 @@ class ServerOptions:
     requests: int = 512
     """Requests at once at most, health and metrics not counted."""
     sessions: int = 10_000
-    """Saved sessions at most."""
+    """Saved sessions of one owner at most."""
     default_tokens: int = 1024
     """Of a chat's answer where the client does not say."""
 
@@ -81,13 +87,15 @@ class Serving:
                 404, f"the model {name!r} does not exist here: use {self.name!r}", param="model", code="model_not_found"
             )
 
-    def check_session(self, name: str) -> None:
-        """Refuse a session that is not there."""
-        if not self.scheduler.llm.store.exists(name):
+    def session(self, request: HttpRequest, name: str) -> str:
+        """Return under which name a client's session is saved (ApiError: it is not there)."""
+        stored = stored_name(owner_of(request), name)
+        if not self.scheduler.llm.store.exists(stored):
             raise ApiError(
                 404, f"there is no session {name!r}: GET /v1/sessions lists them, POST makes one", param="session_id",
                 code="session_not_found",
             )  # fmt: skip
+        return stored
 
     def answer_tokens(self, asked: int | None) -> int:
         """Return how many tokens an answer may have: what a client asks for, else the default within the limit."""
@@ -110,6 +118,30 @@ def serving_of(request: HttpRequest) -> Serving:
 def key_of(request: HttpRequest) -> str:
     """Return whose request it is, for fair queueing: the number of its key; never the key."""
     return str(request.scope.get("longspan.key", ""))
+
+
+def owner_of(request: HttpRequest) -> str:
+    """Return who owns the sessions that a request may see; empty: it may see all."""
+    return str(request.scope.get("longspan.owner", ""))
+
+
+def stored_name(owner: str, name: str) -> str:
+    """Return under which name an owner's session is saved (ApiError: it is too long).
+
+    An owner's name holds no dot, so that no two owners' sessions have the same.
+    """
+    stored = f"{owner}.{name}" if owner else name
+    if len(stored) > LONGEST_NAME:
+        most = LONGEST_NAME - len(owner) - 1
+        raise ApiError(400, f"a session's name has at most {most} characters here", param="name", code="invalid_value")
+    return stored
+
+
+def shown_name(owner: str, stored: str) -> str | None:
+    """Return the name of a saved session as its owner knows it; None: it is another's."""
+    if not owner:
+        return stored
+    return stored[len(owner) + 1 :] if stored.startswith(f"{owner}.") else None
 
 
 def note_user(request: HttpRequest, user: str | None) -> None:

@@ -102,8 +102,8 @@ class Deleted(BaseModel):
     deleted: bool = True
 
 
-def of_info(info: SessionInfo) -> SessionTold:
-    """Return what is told of a saved session."""
+def of_info(info: SessionInfo, name: str) -> SessionTold:
+    """Return what is told of a saved session, by its owner's name for it."""
     state: Any = info.state
     documents = [
         DocumentTold(name=str(each["name"]), tokens=int(each["last"]) - int(each["first"]))
@@ -112,7 +112,7 @@ def of_info(info: SessionInfo) -> SessionTold:
     turns = state.get("turns", 0)
     problem = None if info.problem is None else "its files are damaged, or of a later version"
     return SessionTold(
-        id=info.name,
+        id=name,
         documents=documents,
         turns=len(turns) if isinstance(turns, list) else int(turns),
         bytes=info.bytes,

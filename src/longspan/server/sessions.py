@@ -1,7 +1,8 @@
 """`/v1/sessions`: documents that are read once and asked often; each session is saved as soon as it changes.
 
 Reading and answering are requests like any other; forking, saving and removing are done between two steps of the
-engine, and wait for requests on that session. Whoever has a key sees every session.
+engine or, where they wait for a disk, beside them, and wait for requests on that session. Whoever has a key sees the
+sessions made with it alone (`Serving.stored`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from fastapi.responses import Response
 from sse_starlette import ServerSentEvent
 
 from longspan.engine.llm import LLM
+from longspan.engine.residents import Residents
 from longspan.engine.serving import Delta, Done, Event, Progress, Request
 from longspan.server import answering, uploads, wording
 from longspan.server.fields import SessionId
 from longspan.server.refusals import ApiError
-from longspan.server.serving import Serving, key_of, note_user, serving_of
+from longspan.server.serving import Serving, key_of, note_user, owner_of, serving_of, shown_name, stored_name
 from longspan.server.session_fields import (
     Deleted,
     DocumentsAdd,
@@ -39,59 +41,56 @@ router = APIRouter(prefix="/v1/sessions", tags=["Sessions"])
 Parts = Annotated[Serving, Depends(serving_of)]
 Name = Annotated[SessionId, Path()]
 _T = TypeVar("_T")
-_Held = dict[str, Session]
 
 
 @router.post("", status_code=201, summary="Make a session")
 async def create(body: SessionCreate, http: HttpRequest, serving: Parts) -> SessionTold:
     """Make a session, and have it read documents where some are given."""
     texts = await anyio.to_thread.run_sync(uploads.texts, body.documents, serving.options.documents)
+    stored = stored_name(owner_of(http), body.name)
+    llm, residents = serving.scheduler.llm, serving.scheduler.residents
 
-    def make(llm: LLM, held: _Held) -> None:
-        _check_free(llm, held, body.name, serving.options.sessions)
-        made = llm.session(body.name)
+    def make(_: None) -> None:
+        _check_free(http, serving, body.name)
+        made = llm.session(stored)
         llm.save(made)
-        held[body.name] = made  # not before: one that can't be saved is not there
+        residents.hold(made)  # not before: one that can't be saved is not there
 
-    await _done(serving, make, body.name)
+    await _done(serving, lambda *_: None, stored, make)
     if texts:
-        await _read(http, serving, body.name, texts)
-    return await _told(serving, body.name)
+        await _read(http, serving, stored, texts)
+    return await _told(http, serving, body.name)
 
 
 @router.get("", summary="List sessions")
-async def sessions(serving: Parts) -> SessionList:
-    """List the sessions that are saved."""
-    infos = await anyio.to_thread.run_sync(serving.scheduler.llm.store.infos)
-    return SessionList(data=[of_info(info) for info in infos])
+async def sessions(http: HttpRequest, serving: Parts) -> SessionList:
+    """List the sessions that are saved, of whoever asks."""
+    infos, owner = await anyio.to_thread.run_sync(serving.scheduler.llm.store.infos), owner_of(http)
+    shown = [(info, shown_name(owner, info.name)) for info in infos]
+    return SessionList(data=[of_info(info, name) for info, name in shown if name is not None])
 
 
 @router.get("/{name}", summary="Show a session")
-async def show(name: Name, serving: Parts) -> SessionTold:
-    """Tell what a session holds."""
-    return await _told(serving, name)
+async def show(name: Name, http: HttpRequest, serving: Parts) -> SessionTold:
+    """Tell what a session holds, at once, whatever is being read or answered."""
+    return await _told(http, serving, name)
 
 
 @router.delete("/{name}", summary="Delete a session")
-async def delete(name: Name, serving: Parts) -> Deleted:
+async def delete(name: Name, http: HttpRequest, serving: Parts) -> Deleted:
     """Delete a session and its files; sessions forked from it stay."""
-
-    def remove(llm: LLM, held: _Held) -> None:
-        llm.store.existing(name)
-        _let_go(held, name)
-        llm.store.remove(name)
-
-    await _done(serving, remove, name)
+    stored, store = serving.session(http, name), serving.scheduler.llm.store
+    await _done(serving, lambda _, residents: residents.forget(stored), stored, lambda _: store.remove(stored))
     return Deleted(id=name)
 
 
 @router.post("/{name}/documents", summary="Have a session read documents")
 async def append(name: Name, body: DocumentsAdd, http: HttpRequest, serving: Parts) -> SessionTold:
     """Have a session read documents given as text, or by a path below the server's folder of documents."""
-    serving.check_session(name)
+    stored = serving.session(http, name)
     texts = await anyio.to_thread.run_sync(uploads.texts, body.documents, serving.options.documents)
-    await _read(http, serving, name, texts)
-    return await _told(serving, name)
+    await _read(http, serving, stored, texts)
+    return await _told(http, serving, name)
 
 
 @router.post("/{name}/files", summary="Have a session read uploaded files")
@@ -99,7 +98,7 @@ async def upload(
     name: Name, http: HttpRequest, serving: Parts, files: Annotated[list[UploadFile], File(max_length=1000)]
 ) -> SessionTold:
     """Have a session read uploaded files: text, Markdown, source code, HTML, PDF, DOCX and others."""
-    serving.check_session(name)
+    stored = serving.session(http, name)
     texts = []
     for file in files:
         content = await file.read()
@@ -108,8 +107,8 @@ async def upload(
                 uploads.uploaded, file.filename or "upload", content, serving.options.upload_bytes
             )
         )
-    await _read(http, serving, name, texts)
-    return await _told(serving, name)
+    await _read(http, serving, stored, texts)
+    return await _told(http, serving, name)
 
 
 @router.post("/{name}/ask", summary="Ask about a session's documents")
@@ -117,12 +116,12 @@ async def ask(name: Name, body: SessionAsk, http: HttpRequest, serving: Parts) -
     """Answer a question about a session's documents, with the passages that the answer rests on."""
     body.check_stream()
     note_user(http, body.user or body.safety_identifier)
-    serving.check_session(name)
+    stored = serving.session(http, name)
     most = serving.answer_tokens(body.max_tokens)
     handle = serving.submit(
         Request(
             messages=[{"role": "user", "content": body.question}],
-            session=name,
+            session=stored,
             makes_session=False,
             params=body.params(most),
             key=key_of(http),
@@ -137,95 +136,91 @@ async def ask(name: Name, body: SessionAsk, http: HttpRequest, serving: Parts) -
 
 
 @router.post("/{name}/fork", status_code=201, summary="Fork a session")
-async def fork(name: Name, body: SessionFork, serving: Parts) -> SessionTold:
+async def fork(name: Name, body: SessionFork, http: HttpRequest, serving: Parts) -> SessionTold:
     """Make a session that has read and been asked the same, and goes its own way; nothing is copied."""
+    stored, other = serving.session(http, name), stored_name(owner_of(http), body.name)
 
-    def work(llm: LLM, held: _Held) -> None:
-        llm.store.existing(name)
-        _check_free(llm, held, body.name, serving.options.sessions)
-        source = held.get(name)
-        made = llm.fork(name if source is None else source, body.name)
-        llm.save(made)
-        held[body.name] = made
+    def work(llm: LLM, residents: Residents) -> Session:
+        _check_free(http, serving, body.name)
+        source = residents.get(stored, make=False)
+        try:
+            return llm.fork(source, other)
+        finally:
+            residents.release(stored, changed=False)
 
-    await _done(serving, work, name)
-    return await _told(serving, body.name)
+    def save(made: Session) -> Session:
+        if made.saved_length < 0:  # nothing of it is on disk yet: somebody may have taken the name
+            _check_free(http, serving, body.name)
+        serving.scheduler.llm.save(made)
+        serving.scheduler.residents.hold(made)
+        return made
+
+    await _done(serving, work, stored, save)
+    return await _told(http, serving, body.name)
 
 
 @router.post("/{name}/save", summary="Save a session")
-async def save(name: Name, serving: Parts) -> SessionTold:
+async def save(name: Name, http: HttpRequest, serving: Parts) -> SessionTold:
     """Save what is new in a session; it is done after every change anyway."""
-    serving.check_session(name)
-
-    def work(llm: LLM, held: _Held) -> None:
-        if name in held:
-            llm.save(held[name])
-
-    await _done(serving, work, name)
-    return await _told(serving, name)
+    stored, residents = serving.session(http, name), serving.scheduler.residents
+    await _done(serving, lambda *_: None, stored, lambda _: residents.save(stored))
+    return await _told(http, serving, name)
 
 
 @router.post("/{name}/restore", summary="Go back to an earlier commit")
-async def restore(name: Name, body: SessionRestore, serving: Parts) -> SessionTold:
+async def restore(name: Name, body: SessionRestore, http: HttpRequest, serving: Parts) -> SessionTold:
     """Go back to what a session was when it was saved before; what came after is forgotten for good."""
+    stored, store = serving.session(http, name), serving.scheduler.llm.store
 
-    def work(llm: LLM, held: _Held) -> None:
-        llm.store.existing(name)
-        _let_go(held, name)
-        llm.store.restore(name, body.commit)
+    def go_back(_: None) -> None:
+        store.restore(stored, body.commit)
 
-    await _done(serving, work, name)
-    return await _told(serving, name)
+    await _done(serving, lambda _, residents: residents.forget(stored), stored, go_back)
+    return await _told(http, serving, name)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 
-async def _done(serving: Serving, work: Callable[[LLM, _Held], _T], session: str | None) -> _T:
-    """Return what is done on the engine's thread (ApiError: what it raised)."""
+async def _done(
+    serving: Serving, work: Callable[[LLM, Residents], _T], session: str, then: Callable[[_T], _T] | None = None
+) -> _T:
+    """Return what is done with a session locked, see `Scheduler.run` (ApiError: what it raised)."""
     try:
-        return await asyncio.wrap_future(serving.scheduler.run(work, session))
+        return await asyncio.wrap_future(serving.scheduler.run(work, session, then))
     except Exception as error:
         raise answering.told(error) from error
 
 
-async def _read(http: HttpRequest, serving: Serving, name: str, texts: Sequence[tuple[str, str]]) -> None:
+async def _read(http: HttpRequest, serving: Serving, stored: str, texts: Sequence[tuple[str, str]]) -> None:
     """Have a session read; where the client goes away, what was read by then stays and is saved."""
-    handle = serving.submit(Request(documents=texts, session=name, makes_session=False, key=key_of(http)))
+    handle = serving.submit(Request(documents=texts, session=stored, makes_session=False, key=key_of(http)))
     await answering.all_events(http, [handle], lambda _, event: None)
 
 
-async def _told(serving: Serving, name: str) -> SessionTold:
+async def _told(http: HttpRequest, serving: Serving, name: str) -> SessionTold:
     """Return what is known of a session: from disk, and turns, whose answers do not wait for the disk, from memory."""
+    stored = stored_name(owner_of(http), name)
 
     def look() -> SessionTold:
-        return of_info(serving.scheduler.llm.store.show(name))
-
-    def turns(_: LLM, held: _Held) -> int | None:
-        return len(held[name].turns) if name in held else None
+        return of_info(serving.scheduler.llm.store.show(stored), name)
 
     try:
         told = await anyio.to_thread.run_sync(look)
     except Exception as error:
         raise answering.told(error) from error
-    in_memory = await _done(serving, turns, None)
-    return told if in_memory is None else told.model_copy(update={"turns": in_memory})
+    held = serving.scheduler.residents.peek(stored)
+    return told if held is None else told.model_copy(update={"turns": len(held.turns)})
 
 
-def _check_free(llm: LLM, held: _Held, name: str, most: int) -> None:
-    if name in held or llm.store.exists(name):
+def _check_free(http: HttpRequest, serving: Serving, name: str) -> None:
+    owner, most = owner_of(http), serving.options.sessions
+    stored, store = stored_name(owner, name), serving.scheduler.llm.store
+    if serving.scheduler.residents.peek(stored) is not None or store.exists(stored):
         raise ApiError(409, f"a session {name!r} is there already: choose another name, or delete it first",
                        param="name", code="session_exists")  # fmt: skip
-    if len(llm.store.names()) >= most:
+    if sum(shown_name(owner, each) is not None for each in store.names()) >= most:
         raise ApiError(403, f"{most} sessions are kept at most: delete some first", code="too_many_sessions")
-
-
-def _let_go(held: _Held, name: str) -> None:
-    """Forget a session in memory, and give its pages back."""
-    session = held.pop(name, None)
-    if session is not None and session.memory is not None:
-        session.memory.free()
-        session.memory = None
 
 
 class _Answer:

@@ -86,7 +86,7 @@ def test_a_session_is_read_remembered_and_saved(make_llm):
     assert done(scheduler.submit(read))[0].finish_reason == "read"
     ask = Request(messages=[{"role": "user", "content": "Which?"}], session="gate", params=few(), remember=True)
     answer = text_of(scheduler.submit(ask))
-    assert scheduler.run(lambda llm, sessions: len(sessions["gate"].turns)).result() == 1
+    assert scheduler.run(lambda llm, held: len(held.peek("gate").turns)).result() == 1
     scheduler.close()
     restored = make_llm("dense").session("gate")
     assert [document.name for document in restored.documents] == ["codes"]

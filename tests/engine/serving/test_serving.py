@@ -106,15 +106,13 @@ def test_a_long_ingest_does_not_hold_up_a_chat_and_stops_where_it_is(serve, text
     total = next(event.total for event in long if isinstance(event, Progress))
     for _ in range(8):
         assert isinstance(next(chat), Delta), "the chat goes on while the text is read"
-    read = scheduler.run(lambda llm, sessions: sessions["long"].memory.length).result(10)
+    read = scheduler.run(lambda llm, held: held.peek("long").memory.length).result(10)
     assert 0 < read < total
     long.cancel()
     assert next(event for event in long if isinstance(event, Done)).finish_reason == "cancelled"
-    memory = scheduler.run(lambda llm, sessions: sessions["long"].memory, session="long").result(10)
+    memory = scheduler.run(lambda llm, held: held.peek("long").memory, session="long").result(10)
     assert read <= memory.length < total and {kv.length for kv in memory.layers} == {memory.length}
-    assert (
-        memory.tokens == scheduler.llm._context_tokens(scheduler._rounds.held.sessions["long"], memory)[: memory.length]
-    )
+    assert memory.tokens == scheduler.llm._context_tokens(scheduler.residents.peek("long"), memory)[: memory.length]
     chat.cancel()
 
 
@@ -124,11 +122,11 @@ def test_requests_on_one_session_wait_for_each_other(serve):
     ask = [Request(messages=[{"role": "user", "content": f"Who {i}?"}], session="codes", remember=True,
                    params=SamplingParams(max_tokens=3)) for i in range(4)]  # fmt: skip
     handles = [scheduler.submit(each) for each in ask]
-    forked = scheduler.run(lambda llm, sessions: len(sessions["codes"].turns), session="codes")
+    forked = scheduler.run(lambda llm, held: len(held.peek("codes").turns), session="codes")
     assert forked.result(10) in range(5)
     for handle in handles:
         assert next(e for e in handle if isinstance(e, Done)).usage.cached_tokens > 0
-    turns = scheduler.run(lambda llm, sessions: [turn.question for turn in sessions["codes"].turns]).result(10)
+    turns = scheduler.run(lambda llm, held: [turn.question for turn in held.peek("codes").turns]).result(10)
     assert turns == [f"Who {i}?" for i in range(4)]
 
 
@@ -272,7 +270,7 @@ def test_nothing_is_left_after_many_requests_that_were_cancelled(serve, text):
         ended += [event.finish_reason for event in handle if isinstance(event, Done)]
     assert len(ended) == sum(1 + (i % 9 == 0) for i in range(200))
     assert {"cancelled"} < set(ended) <= {"cancelled", "length", "stop"}
-    scheduler.run(lambda llm, sessions: None).result(10)  # the round of the last event is over
+    scheduler.run(lambda llm, held: None).result(10)  # the round of the last event is over
     metrics = scheduler.metrics()
     assert metrics.waiting_now == metrics.reading_now == metrics.writing_now == 0 and metrics.cached_now <= 4
     assert sum(metrics.finished.values()) == len(ended)

@@ -6,13 +6,15 @@ It does not know turns: who asks says whose sessions are in use.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from longspan.engine.contexts import Context
 from longspan.engine.kv_context import KVContext
+from longspan.engine.residents import Residents
 from longspan.engine.serving.cached import Cached
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.requests import Limits
-from longspan.errors import LongspanError, PoolExhaustedError
+from longspan.errors import LongspanError, PoolExhaustedError, SaveError
 from longspan.kv.budget import size
 from longspan.sessions.session import Session
 
@@ -26,62 +28,45 @@ class Holdings:
     def __init__(self, llm: LLM, limits: Limits) -> None:
         """Start with none."""
         self.llm, self.limits = llm, limits
-        self.sessions: dict[str, Session] = {}
-        """By name; those used last at the end."""
+        self.residents = Residents(
+            llm,
+            memory=limits.session_bytes,
+            host=limits.session_host_bytes,
+            count=limits.sessions,
+            ttl=limits.session_seconds,
+        )
+        """Sessions; those that a request works on are in use."""
         self.cached = Cached(limits.cached)
-        self.changed: set[str] = set()
-        """Sessions that are not saved as they stand."""
 
-    def session(self, name: str | None, *, make: bool = True) -> Session | None:
-        """Return a session, from where it is saved if it is not held, or a new one if it may be made.
+    def session(self, name: str, *, make: bool = True) -> Session:
+        """Return a session, in use from now on, from wherever it lies, or a new one if it may be made.
 
         Raises:
             SessionNotFoundError: there is none, and it may not be made.
-            LongspanError: as `LLM.session`.
+            LongspanError: as `Residents.get`.
         """
-        if name is None:
-            return None
-        if not make and name not in self.sessions:
-            self.llm.store.existing(name)
-        session = self.sessions.pop(name, None) or self.llm.session(name)
-        self.sessions[name] = session
-        return session
-
-    def save(self, name: str) -> None:
-        """Save a session if it is not saved as it stands."""
-        session = self.sessions[name]
-        grown = session.memory is not None and session.saved_length != session.memory.length
-        if name in self.changed or grown:
-            self.llm.save(session)
-            self.changed.discard(name)
-
-    def let_go(self, count: int, busy: Collection[str | None]) -> bool:
-        """Save and forget those sessions not used for longest that are not busy; returns whether there was one."""
-        free = [name for name in self.sessions if name not in busy][:count]
-        for name in free:
-            self.save(name)
-            del self.sessions[name]
-        return bool(free)
+        while True:
+            try:
+                return self.residents.get(name, make=make)
+            except PoolExhaustedError:
+                if not self.cached.shrink():
+                    raise
 
     def clear(self, *, save: bool) -> None:
-        """Forget everything; `save`: sessions are saved before (LongspanError: one could not be, all others are)."""
-        failed: list[LongspanError] = []
-        for name in list(self.sessions):
-            if save:
-                try:
-                    self.save(name)
-                except LongspanError as error:
-                    failed.append(error)
-            del self.sessions[name]
+        """Forget everything; `save`: sessions are saved before (SaveError: one could not be, all others are)."""
+        left = self.residents.close() if save else self.residents.names
+        for name in left:
+            self.residents.forget(name)
         while self.cached.shrink():
             pass
-        if failed:
-            raise failed[0]
+        if save and left:
+            raise SaveError(self.residents.refused or f"session {left[0]!r} could not be saved")
 
     def has_room(self, job: Job, others: Sequence[Job], busy: Collection[str | None]) -> bool:
         """Whether the KV budget has room for all that a request may take, beside what others still may.
 
-        What is only kept gives way first. A request that could never fit is told so, and is to begin only to end.
+        So whoever has begun can end, and nobody is stopped for the sake of others. What is only kept gives way first. A
+        request that could never fit is told so, and is to begin only to end.
 
         Args:
             job: the request.
@@ -97,13 +82,15 @@ class Holdings:
             assert isinstance(probe, KVContext), "what has no documents keeps its keys"
             answer = min(job.request.params.max_tokens, self.llm.model.dimensions.window)
             job.needs = probe.bytes_for(job.prepared.tokens) + job.request.n * probe.bytes_for(answer)
+            if (away := self._away(job.session)) > 0:
+                job.needs += probe.bytes_for(away)
         promised = sum(max(0, other.needs - sum(each.nbytes for each in other.contexts)) for other in others)
         while True:
             left = budget.left
             assert left is not None, "the budget is limited"
             if job.needs <= left - promised:
                 return True
-            if self.cached.shrink() or self.let_go(1, busy={*busy, job.session}):
+            if self.cached.shrink() or self.residents.shrink(but=job.session):
                 continue
             if busy or others:
                 return False
@@ -113,14 +100,26 @@ class Holdings:
             )
             return True
 
+    def _away(self, name: str | None) -> int:
+        """Return how many tokens a session remembers that is not on the device."""
+        session = None if name is None else self.residents.peek(name)
+        if name is None or (session is not None and session.memory is not None):
+            return 0
+        try:
+            state: Any = self.llm.store.show(name).state
+        except LongspanError:
+            return 0  # it is new, or what is wrong with it is told when its turn has come
+        return int((state.get("memory") or {}).get("length", 0))
+
     def pages(self, jobs: Sequence[Job]) -> tuple[dict[tuple[str, str], int], int]:
         """Return how many pages are held by tier and format, and the bytes that contexts refer to."""
-        contexts = [context for job in jobs for context in job.contexts]
-        contexts += [each.memory for each in self.sessions.values() if isinstance(each.memory, KVContext)]
-        contexts += self.cached.contexts
-        pools = {id(kv.pool): kv.pool for context in contexts for kv in context.layers}
+        working = [context for job in jobs for context in job.contexts]
+        held: list[Context] = [*working, *self.cached.contexts, *self.residents.contexts]
+        contexts = list({id(context): context for context in held}.values())
         found: dict[tuple[str, str], int] = {}
-        for pool in pools.values():
+        for pool in {id(kv.pool): kv.pool for context in contexts for kv in context._layers()}.values():
             for place, count in pool.census().items():
                 found[place] = found.get(place, 0) + count
-        return found, sum({id(context): context.nbytes for context in contexts}.values())
+        for form, count in self.residents.host_pages.items():
+            found["host", form] = found.get(("host", form), 0) + count
+        return found, sum(context.nbytes for context in contexts)

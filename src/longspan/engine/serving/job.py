@@ -58,6 +58,8 @@ class Job:
         """Bytes that its contexts may take, once it was admitted."""
         self.refused: LongspanError | None = None
         """Why it can't be worked on, though it was its turn."""
+        self.holds_session = False
+        """Whether its session is in use because of it."""
         self.last = 0.0
         """When its answers' last tokens came."""
         self._metrics, self._changed = metrics, changed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
+from longspan.engine.resident import Moves
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of the histograms' buckets."""
 REASONS = ("stop", "length", "read", "cancelled", "error")
@@ -44,6 +46,10 @@ class Metrics:
     """Answers that are being written."""
     sessions_now: int = 0
     """Sessions in memory."""
+    session_bytes_now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("device", "host"), 0))
+    """Bytes that sessions in memory take, by tier."""
+    session_moves: dict[str, int] = field(default_factory=lambda: Moves().as_json())
+    """How often sessions went from one tier to another, and how often one could not be saved and stayed."""
     cached_now: int = 0
     """Contexts kept for requests that begin alike."""
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))

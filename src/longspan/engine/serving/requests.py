@@ -122,6 +122,12 @@ class Limits:
     """`n` at most."""
     sessions: int = 64
     """Sessions held in memory; those not used for longest are saved and let go."""
+    session_bytes: int | None = None
+    """That sessions may take on the device, as far as those in use take no more; None: no limit but the KV budget."""
+    session_host_bytes: int = 0
+    """Of host memory for sessions that leave the device; 0: they are on disk alone."""
+    session_seconds: float | None = None
+    """Without use after which a session leaves memory; None: only where room is short."""
     cached: int = 16
     """Contexts of requests without a session that are kept for others that begin alike."""
     share: float = 0.6

@@ -36,13 +36,13 @@ _COUNTED = 1.0
 
 
 class Call:
-    """Something else that is to be done between two steps."""
+    """Something else that is to be done between two steps, and then, while its session is locked, beside them."""
 
     key, priority = "\0call", 1 << 30
 
-    def __init__(self, work: Callable[[], None], session: str | None, cancel: Callable[[], object]) -> None:
-        """Take what is done, what session it needs for itself, and what is called if it is not done any more."""
-        self.work, self.session, self.cancel = work, session, cancel
+    def __init__(self, work: Callable[[], bool], then: Callable[[], None], session: str | None) -> None:
+        """Take what is done between steps, which says whether `then` is to follow, and the session that is locked."""
+        self.work, self.then, self.session = work, then, session
 
 
 class Rounds:
@@ -56,7 +56,8 @@ class Rounds:
         self.queue: FairQueue[Job | Call] = FairQueue()
         self.reading: list[Job] = []
         self.writing: list[Job] = []
-        self.saving: list[tuple[Job, Future[None]]] = []
+        self.saving: list[tuple[Job | Call, Future[None]]] = []
+        """What waits for a disk, with its session locked."""
         self.held = Holdings(llm, limits)
         self._steps: dict[Job, Iterator[int]] = {}
         self._batch, self._pace = Batch(llm.model), Pace(limits.step_seconds)
@@ -114,13 +115,18 @@ class Rounds:
     def _admit(self) -> None:
         while (item := self.queue.take(self._fits)) is not None:
             if isinstance(item, Call):
-                item.work()
-                self.queue.done(item)
+                if item.work():
+                    self._beside(item, item.then)
+                else:
+                    self.queue.done(item)
                 continue
             item.begun = True
             self.metrics.queued.observe(time.perf_counter() - item.submitted)
             try:
-                session = self.held.session(item.session, make=item.request.makes_session)
+                session = None
+                if item.session is not None:
+                    session = self.held.session(item.session, make=item.request.makes_session)
+                    item.holds_session = True
                 most = partial(self._pace.most, short=item.left <= _SHORT)
                 self._steps[item] = item.reading(self.llm, session, self.held.cached, most)
                 self.reading.append(item)
@@ -247,9 +253,9 @@ class Rounds:
             job.close(self.held.cached)
         except Exception as wrong:
             error = error or wrong
-        name = job.session if job.changed_session and job.session in self.held.sessions else None
+        name = job.session if job.changed_session and job.holds_session else None
         if name is not None:
-            self.held.changed.add(name)
+            self.held.residents.change(name)
         if error is not None:
             self._fail(job, error)
             return
@@ -258,9 +264,13 @@ class Rounds:
             return
         if not job.request.reads_only:
             job.end()  # an answer need not wait for the disk
+        self._beside(job, partial(self.held.residents.save, name))
+
+    def _beside(self, item: Job | Call, work: Callable[[], None]) -> None:
+        """Have work done that waits for a disk."""
         assert self._saver is not None, "begin() was not called"
-        future = self._saver.submit(self.held.save, name)
-        self.saving.append((job, future))
+        future = self._saver.submit(work)
+        self.saving.append((item, future))
         future.add_done_callback(lambda _: self._wake())
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -269,18 +279,21 @@ class Rounds:
 
     def _settle(self) -> None:
         """End those whose session was saved."""
-        for job, future in [pair for pair in self.saving if pair[1].done()]:
-            self.saving.remove((job, future))
+        for item, future in [pair for pair in self.saving if pair[1].done()]:
+            self.saving.remove((item, future))
+            if isinstance(item, Call):
+                self.queue.done(item)
+                continue
             error = future.exception()
-            if error is not None and job.request.reads_only:
-                job.fail(error if isinstance(error, LongspanError) else self.internal(error))
-            self._over(job)
-        if (more := len(self.held.sessions) - self.limits.sessions) > 0:
-            with suppress(LongspanError):  # one that can't be saved is not forgotten
-                self.held.let_go(more, self.queue.busy)
+            if error is not None and item.request.reads_only:
+                item.fail(error if isinstance(error, LongspanError) else self.internal(error))
+            self._over(item)
 
     def _over(self, job: Job) -> None:
         job.end()
+        if job.holds_session and job.session is not None:
+            job.holds_session = False
+            self.held.residents.release(job.session, changed=False)
         self.queue.done(job)
         self._ended(job)
 
@@ -288,7 +301,7 @@ class Rounds:
 
     def _count(self) -> None:
         now = self.metrics
-        now.reading_now, now.sessions_now = len(self.reading), len(self.held.sessions)
+        now.reading_now, now.sessions_now = len(self.reading), len(self.held.residents)
         now.cached_now = len(self.held.cached)
         now.writing_now = sum(choice.reason is None for job in self.writing for choice in job.choices)
         if time.perf_counter() - self._looked > _COUNTED or not (self.reading or self.writing):
@@ -296,4 +309,8 @@ class Rounds:
 
     def _count_pages(self) -> None:
         self._looked = time.perf_counter()
+        residents = self.held.residents
+        residents.tidy()
+        self.metrics.session_bytes_now = {"device": residents.nbytes, "host": residents.host_bytes}
+        self.metrics.session_moves = residents.moves.as_json()
         self.metrics.pages_now, self.metrics.kv_bytes_now = self.held.pages((*self.reading, *self.writing))

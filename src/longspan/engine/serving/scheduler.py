@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from longspan.engine.residents import Residents
 from longspan.engine.serving.handle import Handle
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.metrics import Metrics
@@ -21,7 +22,6 @@ from longspan.engine.serving.prepared import prepare
 from longspan.engine.serving.requests import Limits, Request
 from longspan.engine.serving.rounds import Call, Rounds
 from longspan.errors import BusyError, LongspanError, UsageError
-from longspan.sessions.session import Session
 
 if TYPE_CHECKING:
     from longspan.engine.llm import LLM
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _SWITCH = 0.0005
 """Seconds for which a thread may keep the interpreter while another waits."""
+_LOOKED = 1.0
+"""Seconds at least between two looks at sessions that nobody uses."""
 _LONG = 20_000
 """Characters of a long text."""
 
@@ -128,29 +130,54 @@ class Scheduler:
             self._prepare(job)
         return job.handle
 
-    def run(self, work: Callable[[LLM, dict[str, Session]], _T], session: str | None = None) -> Future[_T]:
-        """Have something done on the engine's thread between two steps, such as forking or saving a session.
+    @property
+    def residents(self) -> Residents:
+        """The sessions in memory: to be looked at from any thread, to be changed by `run` alone."""
+        return self._rounds.held.residents
+
+    def run(
+        self,
+        work: Callable[[LLM, Residents], _T],
+        session: str | None = None,
+        then: Callable[[_T], _T] | None = None,
+    ) -> Future[_T]:
+        """Have something done on the engine's thread between two steps, such as forking a session.
 
         Args:
-            work: called with the model and the sessions in memory by name, which it may change; it should be short.
-            session: one that `work` needs for itself: it waits for requests on it, and they for `work`.
+            work: called with the model and the sessions in memory, which it may change; it should be short.
+            session: one that `work` needs for itself: it waits for requests on it, and they for `work` and `then`.
+            then: called with what `work` returned on a thread beside the engine's: for what waits for a disk, and
+                changes no pages.
 
         Returns:
-            What `work` returns or raises.
+            What the last of them returns, or what one of them raises.
         """
         future: Future[_T] = Future()
+        made: list[_T] = []
 
-        def call() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work(self.llm, self._rounds.held.sessions))
-                except BaseException as error:
-                    future.set_exception(error)
+        def call() -> bool:
+            if not future.set_running_or_notify_cancel():
+                return False
+            try:
+                made.append(work(self.llm, self.residents))
+            except BaseException as error:
+                future.set_exception(error)
+                return False
+            if then is None:
+                future.set_result(made[0])
+            return then is not None
+
+        def follow() -> None:
+            assert then is not None, "there is something to follow"
+            try:
+                future.set_result(then(made[0]))
+            except BaseException as error:
+                future.set_exception(error)
 
         with self._there:
             if self._closing:
                 raise BusyError("nothing is done any more: ask again later", 5.0)
-            self._came.append(Call(call, session, future.cancel))
+            self._came.append(Call(call, follow, session))
             self._there.notify_all()
         return future
 
@@ -212,7 +239,7 @@ class Scheduler:
         self.ready = True
         while True:
             with self._there:
-                self._there.wait_for(self._wanted)
+                self._there.wait_for(self._wanted, self._patience())
                 if self._closing and not (self._known or self._came or len(self._rounds.queue)):
                     return
                 came, self._came = self._came, []
@@ -222,6 +249,11 @@ class Scheduler:
                 self._rounds.go_round()
             except Exception as error:
                 self._rounds.fail_all(error)
+
+    def _patience(self) -> float | None:
+        """Return the seconds after which there is something to do in any case; None: there is not."""
+        due = self.residents.due
+        return None if due is None else max(_LOOKED, due)
 
     def _wanted(self) -> bool:
         """Whether there is something to do."""
