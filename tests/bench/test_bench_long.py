@@ -129,6 +129,7 @@ def test_rows_say_what_was_measured(call, tmp_path, capfd):
         assert ("integral" in row["read"]) == (ours and row["context"] == 2000)
         if ours:
             assert row["chunks"][-1][0] == row["context"]
+            assert row["fewest"] == min(512, row["context"]) and "prefill" not in row
             assert 0 < row["prefill_floor_share"] < 1 and 0 < row["decode_floor_share"] < 1
     calls = len((tmp_path / "model.jsonl").read_text().splitlines())
     code, again, _ = call(*given, "--out", str(tmp_path), "--json")
@@ -171,6 +172,60 @@ def test_parts_are_timed_over_filled_pages(tiny):
     torch.testing.assert_close(filled.std(1), real.std(1), atol=0.1, rtol=0.1)
     assert not torch.equal(filled[:, :512], real)
     assert read.seconds >= sum(seconds for _, seconds in read.chunks[1:])
+
+
+def test_of_chunks_that_take_long_a_part_is_timed(tiny, monkeypatch):
+    monkeypatch.setattr(measure, "_LONG", 1.0)
+    monkeypatch.setattr(measure, "_FEWEST", 100)
+    context, sizes = run.KVContext(tiny["qwen3-4b"], parse("dense")), []
+
+    def again(context, tokens):
+        sizes.append(len(tokens))
+        return context.length * len(tokens) * 2e-6
+
+    monkeypatch.setattr(measure, "_again", again)
+    read = measure.read_parts(context, 4000, [1100, 2000, 3000, 4000], 0, lambda _: None)
+    assert sizes == [512, 512, 256, 128, 128] and (read.chunk, read.fewest) == (512, 128)
+    assert context.length == 4000
+    for (end, seconds), size in zip(read.chunks[1:], sizes[1:], strict=True):
+        assert seconds == pytest.approx((end - size) * 512 * 2e-6), "what a whole chunk takes"
+
+
+def test_few_batches_of_slow_steps_are_timed(tiny, monkeypatch):
+    context, counts = run.KVContext(tiny["qwen3-4b"], parse("dense")), []
+    context.extend(checks.random_tokens(context.model, 100, 0))
+    monkeypatch.setattr(measure, "_advance", lambda *given: counts.append(given[2]) or 1)
+    assert len(measure.decode(context)) == 3 and len(counts) == 1 + measure.BATCHES
+    counts.clear()
+    monkeypatch.setattr(measure, "_ENOUGH", 0.0)
+    measure.decode(context)
+    assert counts == [measure.STEPS] * (1 + 3)
+
+
+def test_fewer_tokens_are_compared_where_memory_is_short(tiny, monkeypatch):
+    check, asked = checks.check, []
+
+    def short(model, mechanisms, seed, tokens):
+        asked.append(tokens)
+        if tokens > 500:
+            raise torch.OutOfMemoryError("no room")
+        return check(model, mechanisms, seed, 64)
+
+    monkeypatch.setattr(checks, "check", short)
+    given = run.Asked((4000,), (parse("dense"),), (), 4000, 0, False, {})
+    assert run._checked(tiny["qwen3-4b"], given).tokens == 64 and asked == [2048, 1024, 512, 256]
+    monkeypatch.setattr(checks, "check", lambda *_: short(*_[:3], 501))
+    with pytest.raises(torch.OutOfMemoryError):
+        run._checked(tiny["qwen3-4b"], given)
+
+
+def test_a_row_says_what_documents_were_read_by(call):
+    code, out, err = call("--context", "600", "--attention", "quest,dense", "--json")
+    assert code == 0, err
+    assert {row["attention"]: row.get("prefill") for row in json.loads(out)["rows"]} == {
+        "quest": "dense",
+        "dense": None,
+    }
 
 
 def test_the_plan_counts_what_is_held(tiny):

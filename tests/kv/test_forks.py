@@ -68,6 +68,20 @@ def test_rotated_keys_of_forks_do_not_mix():
                 check(other, wanted)
 
 
+def test_rotated_keys_have_room_for_what_was_reserved_and_no_more():
+    kv = filled(range(200))
+    kv.mirror.reserve(5 * PAGE)
+    assert kv.mirror.nbytes == 0, "nothing is held before it is read"
+    first = kv.keys_at_own_positions(0, 200).data_ptr()
+    assert kv.mirror.held.shape[2] == 5 * PAGE
+    kv.append(key_of(range(200, 5 * PAGE)), value_of(range(200, 5 * PAGE)))
+    check(kv, list(range(5 * PAGE)))
+    assert kv.keys_at_own_positions(0, 5 * PAGE).data_ptr() == first
+    kv.mirror.reserve(6 * PAGE)
+    assert kv.mirror.held.shape[2] == 6 * PAGE
+    check(kv, list(range(5 * PAGE)))
+
+
 def test_only_the_one_that_goes_on_copies_rotated_keys():
     kv = filled(range(200))
     kv.keys_at_own_positions(0, 200)

@@ -134,6 +134,8 @@ class KVLayers(Context):
             lacking = pages - len(kv.table) - len(kv.pool.native.free_slots)
             if lacking > 0:
                 kv.pool.reserve(kv.pool.native.slots + lacking)
+            if kv.mirrored:
+                kv.mirror.reserve(pages * PAGE)
         return found
 
     def attend_by(self, mechanism: Mechanism) -> None:

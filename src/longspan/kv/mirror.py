@@ -53,6 +53,8 @@ class Mirror:
     def __init__(self) -> None:
         """Start empty."""
         self._rows: _Rows | None = None
+        self._wanted = 0
+        """Rows that there will be room for from the first on."""
         self.length = 0
         self._near: tuple[int, Mirror] | None = None
         """The first token of a window, and its rows from there on."""
@@ -148,7 +150,8 @@ class Mirror:
         self.length = self._rows.written = stop
 
     def reserve(self, capacity: int) -> None:
-        """Have room for so many rows, if any were read."""
+        """Have room for so many rows: now, if any were read, else as soon as one is."""
+        self._wanted = capacity
         if self._rows is not None:
             self._rows = self._room(self._rows, capacity, self._rows.rows, exactly=True)
 
@@ -163,7 +166,9 @@ class Mirror:
         others = kept is not None and kept.readers > 1 and kept.written != self.length
         if kept is not None and not others and kept.rows.shape[2] >= stop:
             return kept
-        capacity = -(-(stop if exactly else max(4 * PAGE, stop + stop // 2)) // PAGE) * PAGE  # whole pages
+        exactly = exactly or stop <= self._wanted
+        capacity = max(self._wanted, stop if exactly else max(4 * PAGE, stop + stop // 2))
+        capacity = -(-capacity // PAGE) * PAGE  # whole pages
         with torch.inference_mode(False):  # as in `Plane`: it is written to outside of inference mode too
             grown = _Rows(like.new_empty(1, like.shape[1], capacity, like.shape[3]))
         if kept is not None:

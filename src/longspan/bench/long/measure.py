@@ -2,7 +2,9 @@
 
 A context that can be read in the time there is, is read whole. Of a longer one, full chunks are timed at several
 lengths, each over keys and values that really lie in its pages: random ones with the mean and spread that each layer's
-own have, channel by channel; the time of the whole is the integral over its chunks, and the result says so.
+own have, channel by channel; the time of the whole is the integral over its chunks, and the result says so. Where a
+chunk takes many seconds, fewer tokens are timed, and the chunk takes as many times as long as it has more.
+Whoever calls has set memory aside for the context, its answers and whatever else is read (`KVContext.reserve`).
 It does not know whether logits are right (`checks`).
 """
 
@@ -22,11 +24,15 @@ from longspan.bench.timing import spread
 from longspan.engine.kv_context import KVContext
 
 STEPS, BATCHES = 64, 8
-"""Decode steps that are timed together, and how often."""
+"""Decode steps that are timed together, and how often, unless that takes long."""
+_ENOUGH, _LEAST = 10.0, 3
+"""Seconds after which no further batch of steps is timed, once there are so many."""
 _SLAB = 1 << 16
 """Tokens that are filled in at once."""
 _TWICE = 2
-"""Times that a chunk is read at each length."""
+"""Times that a chunk is timed at each length, unless it takes a second and more."""
+_LONG, _FEWEST = 3.0, 2048
+"""Seconds beyond which fewer tokens than a chunk are timed, and how many they are at least."""
 
 Say = Callable[[str], None]
 
@@ -42,6 +48,8 @@ class Read:
     chunk: int
     chunks: list[tuple[int, float]]
     """Tokens at a chunk's end, and the seconds that it took."""
+    fewest: int
+    """Tokens that were timed together at least, for what a whole chunk takes."""
 
 
 def clear(device: torch.device) -> None:
@@ -59,7 +67,6 @@ def read_whole(context: KVContext, length: int, seed: int) -> Read:
     back. (cuDNN plans each length of keys anew, in about 50 ms: that stays in dense attention's time.)
     """
     device, tokens = context.model.device, random_tokens(context.model, length, seed)
-    context.reserve(length + 2 * STEPS * BATCHES)
     chunk = context.chunk
     sizes = [min(chunk, length - start) for start in range(0, length, chunk)]
     last = sizes[-1]
@@ -78,7 +85,7 @@ def read_whole(context: KVContext, length: int, seed: int) -> Read:
     context.extend(tokens[: length - last], tick)
     int(context.step(tokens[length - last :]).argmax())
     tick(last)
-    return Read(before - started, True, chunk, chunks)
+    return Read(before - started, True, chunk, chunks, min(chunk, length))
 
 
 def _warm_up(context: KVContext, tokens: Sequence[int], sizes: Sequence[int]) -> None:
@@ -99,31 +106,39 @@ def read_parts(context: KVContext, length: int, at: Sequence[int], seed: int, sa
         seed: which tokens.
         say: told each chunk's time.
     """
-    context.reserve(length + 2 * STEPS * BATCHES)
-    chunk = context.chunk
+    chunk = size = context.chunk
     tokens = random_tokens(context.model, chunk, seed)
-    chunks = [(chunk, _again(context, tokens))]
-    say(f"{chunk:,}: {chunk:,} tokens in {chunks[-1][1]:.3f} s")
-    context.extend(tokens)
-    source = _Source(context)
-    for end in at:
-        source.fill(end - chunk - context.length)
-        chunks.append((end, _again(context, tokens)))
-        say(f"{end:,}: {chunk:,} tokens in {chunks[-1][1]:.3f} s")
+    chunks: list[tuple[int, float]] = []
+    source: _Source | None = None
+    for end in (chunk, *at):
+        if source is None:
+            seconds = _again(context, tokens)
+            context.extend(tokens)
+            source = _Source(context)
+        else:
+            last, took = chunks[-1]
+            while size > _FEWEST and took * end / last * size / chunk > _LONG:
+                size //= 2
+            source.fill(end - size - context.length)
+            seconds = _again(context, tokens[:size])
+        chunks.append((end, seconds * chunk / size))
+        say(f"{end:,}: {size:,} tokens in {seconds:.3f} s")
+    assert source is not None, "a first chunk is always read"
     source.fill(length - context.length)
     ends = np.arange(chunk, length + chunk, chunk).clip(max=length)
     sizes = np.diff(ends, prepend=0)
     each = np.interp(ends, [end for end, _ in chunks], [seconds for _, seconds in chunks])
-    return Read(float((each * sizes / chunk).sum()), False, chunk, chunks)
+    return Read(float((each * sizes / chunk).sum()), False, chunk, chunks, size)
 
 
 def decode(context: KVContext) -> tuple[float, float, float]:
     """Return tokens/s of decode: median and quartiles over batches of steps."""
     device = context.model.device
     token = _advance(context, 1, STEPS)
-    rates = []
-    for _ in range(BATCHES):
-        _wait(device)
+    rates: list[float] = []
+    _wait(device)
+    until = time.perf_counter() + _ENOUGH
+    while len(rates) < _LEAST or (len(rates) < BATCHES and time.perf_counter() < until):
         started = time.perf_counter()
         token = _advance(context, token, STEPS)
         rates.append(STEPS / (time.perf_counter() - started))
@@ -182,8 +197,9 @@ def top_kernels(context: KVContext, tokens: int, count: int = 12) -> dict[str, l
 
 def _again(context: KVContext, tokens: list[int]) -> float:
     """Return the seconds of a chunk that is read and taken back; what is made on first use is no part of them."""
-    device, before, found = context.model.device, context.length, []
-    for _ in range(1 + _TWICE):  # the first compiles, and plans
+    device, before = context.model.device, context.length
+    found: list[float] = []
+    while len(found) < 2 or (len(found) <= _TWICE and found[-1] < 1.0):  # the first compiles, and plans
         _wait(device)
         started = time.perf_counter()
         context.step(tokens)

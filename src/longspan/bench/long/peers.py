@@ -14,7 +14,7 @@ from longspan.hf.plain import plainly
 
 PEERS = ("transformers",)
 _STEPS, _BATCHES = 8, 5
-CHUNKS = (65536, 16384, 4096, 2048)
+CHUNKS = (131072, 65536, 16384, 4096, 2048)
 """Tokens that it reads together: as many as it has memory for (a hybrid's fallback kernels have for few)."""
 
 

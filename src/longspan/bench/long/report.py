@@ -58,6 +58,16 @@ def sentences(found: dict[str, Any]) -> list[str]:
         lengths = ", ".join(dict.fromkeys(f"{row['context']:,}" for row in parts))
         told.append(f"Prefill of {lengths} is the integral of chunks that were timed over filled pages.")
     told += [
+        f"{row['attention']} at {row['context']:,}: {row['fewest']:,} tokens of a chunk were timed where it takes long."
+        for row in parts
+        if row["fewest"] < row["chunk"]
+    ]
+    told += [
+        f"{row['attention']} at {row['context']:,} was read by {row['prefill']}."
+        for row in found["rows"]
+        if "prefill" in row
+    ]
+    told += [
         f"{row['attention']} at {row['context']:,}: {row['left_out']}" for row in found["rows"] if "left_out" in row
     ]
     return told

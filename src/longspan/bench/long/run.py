@@ -1,8 +1,8 @@
-"""Measures a whole model at growing contexts, one row for each context and way of attending.
+"""Measures a whole model at growing contexts, one row for each way of attending and context.
 
-Logits are checked first (`checks`). Every row goes into a journal as it comes, so that a run that was stopped goes on
-where it was. Floors: prefill by the FLOPs of the weights that a token multiplies and of attention, decode by the bytes
-of weights, states, keys and values that a step reads.
+The way that is named first comes first, at all contexts. Logits are checked before (`checks`). Every row goes into a
+journal as it comes, so that a run that was stopped goes on where it was. Floors: prefill by the FLOPs of the weights
+that a token multiplies and of attention, decode by the bytes of weights, states, keys and values that a step reads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from longspan.attention import Mechanism
 from longspan.bench import timing
 from longspan.bench.long import checks, measure, peers
 from longspan.bench.timing import Peaks
+from longspan.engine import memory_plan
 from longspan.engine.kv_context import KVContext
 from longspan.errors import PoolExhaustedError, UsageError
 from longspan.evals.journal import Entry, Journal
@@ -27,8 +28,8 @@ from longspan.hf.native.blocks import Experts
 
 ANSWER = measure.STEPS * (measure.BATCHES + 1)
 """Tokens that are decoded after each context."""
-_PARTS = 6
-"""Lengths at which chunks of a context are timed that is not read whole, about."""
+_FEWEST = 256
+"""Tokens whose logits are compared at least."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def run(
     checked: checks.Checked | None = None
     peaks: Peaks | None = None
     left: list[str] = []
-    for context, side in itertools.product(asked.contexts, asked.sides):
+    for side, context in itertools.product(asked.sides, asked.contexts):
         if (side, context) in done:
             continue
         if late():
@@ -97,7 +98,7 @@ def run(
             continue
         if checked is None:
             busy(f"logits of {checks.TOKENS:,} tokens beside transformers'")
-            checked = checks.check(model, list(asked.mechanisms), asked.seed, min(checks.TOKENS, *asked.contexts))
+            checked = _checked(model, asked)
             say(f"logits: {asdict(checked)}")
             busy("what the device can do")
             peaks = timing.peaks(model.device, model.dtype)
@@ -117,6 +118,20 @@ def run(
         say(line(row))
         journal.append({**_short(row), "of": asked.of})
     return left
+
+
+def _checked(model: CausalModel, asked: Asked) -> checks.Checked:
+    """Compare logits (WrongLogitsError), of fewer tokens where transformers has no memory for so many."""
+    tokens = min(checks.TOKENS, *asked.contexts)
+    while True:
+        try:
+            return checks.check(model, list(asked.mechanisms), asked.seed, tokens)
+        except torch.OutOfMemoryError:
+            if tokens <= _FEWEST:
+                raise
+        tokens //= 2  # what the failure held is free by now
+        gc.collect()
+        measure.clear(model.device)
 
 
 def entries_of(asked: Asked, journal: Journal) -> list[Entry]:
@@ -145,7 +160,8 @@ def _row(
     model: CausalModel, mechanism: Mechanism, length: int, asked: Asked, peaks: Peaks, say: Callable[[str], None]
 ) -> dict[str, Any]:
     context = KVContext(model, mechanism)
-    planned = context.reserve(length + ANSWER)
+    profiled = asked.profile and model.device.type == "cuda"
+    planned = context.reserve(length + ANSWER + (memory_plan.CHUNKS[0] if profiled else 0))
     if length <= asked.whole:
         read = measure.read_whole(context, length, asked.seed)
     else:
@@ -158,6 +174,7 @@ def _row(
         "first_token_s": read.seconds,
         "read": "whole" if read.whole else "integral of chunks over filled pages",
         "chunk": read.chunk,
+        "fewest": read.fewest,
         "chunks": read.chunks,
         "decode_tokens_per_s": rate,
         "graph": context.runs and model.device.type == "cuda",
@@ -166,7 +183,9 @@ def _row(
         "prefill_floor_share": flops / peaks.matmul_flops / read.seconds,
         "decode_floor_share": nbytes / peaks.copy_bytes_per_s * rate[0],
     }
-    if asked.profile and model.device.type == "cuda":
+    if (reads := context.reads_by(length)) != mechanism:
+        row["prefill"] = reads.describe()
+    if profiled:
         row["top_kernels"] = measure.top_kernels(context, read.chunk)
     context.free()
     return row
