@@ -38,7 +38,9 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
     # What failed is told by the process that failed, in one line.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
-        main(["--standalone", "--nproc-per-node", str(count), "--module", module, *arguments])
+        # By the loopback's address: a host's own name need not resolve.
+        here = ["--standalone", "--local-addr", "127.0.0.1"]
+        main([*here, "--nproc-per-node", str(count), "--module", module, *arguments])
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))
     except SignalException as error:

@@ -35,11 +35,12 @@ class Inputs:
         out = torch.empty(
             1, heads, sum(stop - start for start, stop in runs), self.head_dim, dtype=self.dtype, device=self.device
         )
-        row = 0
+        row, latest, drawn = 0, -1, out
         for start, stop in runs:
             for block in range(start // _BLOCK, -(-stop // _BLOCK)):
                 first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
-                drawn = self._drawn(kind, heads, block)
+                if block != latest:  # of pages dealt out in turn, many lie in one block
+                    latest, drawn = block, self._drawn(kind, heads, block)
                 out[0, :, row : row + last - first] = drawn[:, first - block * _BLOCK : last - block * _BLOCK]
                 row += last - first
         return out

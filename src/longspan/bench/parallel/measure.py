@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from longspan.bench import timing
-from longspan.bench.parallel import truth
+from longspan.bench.parallel import searches, truth
 from longspan.bench.parallel.inputs import Inputs
 from longspan.bench.parallel.schemes import Scheme, decode_layout, scheme
+from longspan.bench.parallel.turns import slowest, synchronize, turns
 from longspan.distributed.context_parallel import decode_attention
 from longspan.distributed.group import Group
 from longspan.distributed.layout import contiguous
@@ -32,10 +33,12 @@ from longspan.errors import LongspanError, ParallelError
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-10}
 """Greatest distance of a row from the truth, over its length; as in `longspan bench attention`, or closer."""
 _ALONE_PAIRS = {"cuda": 1 << 37, "cpu": 1 << 24}
-"""Pairs of a query and a key, a head, that one rank alone computes at most: some 5 s of an H100 for 32 heads."""
+"""Pairs of a query and a key, a head, up to which one rank alone reads a context whole: some 5 s of an H100 for 32
+heads. Of longer ones it reads the last queries, half as many pairs."""
+_LONG = 12.0
+"""Seconds from which on a call is timed while it is checked, and not once more: first calls plan for some 0.1 s."""
 _STEPS = 8
 """Decode steps that are timed together."""
-_MOST = 20
 
 
 class WrongOutputError(LongspanError):
@@ -53,6 +56,8 @@ class Asked:
     anchor: int | None
     block: int | None
     seconds: float
+    mechanisms: tuple[str, ...] = ()
+    """Those that search over ranks, as `--attention` names them."""
 
     def flops(self, pairs: float) -> float:
         """Return the FLOPs of so many pairs a head."""
@@ -68,15 +73,18 @@ def measured(group: Group, asked: Asked, say: Callable[[str], None], keep: Calla
         ParallelError: a rank stopped.
     """
     for length in asked.lengths:
-        if "prefill" in asked.whats:
+        if "prefill" in asked.whats and asked.schemes:
             star = Star(length, group.size, asked.anchor, asked.block)
             ways = [scheme(name, group, length, star) for name in asked.schemes]
             alone = _alone(group, asked, length)
             say(f"one rank alone at {length:,}: {alone:.3g} TFLOP/s")
             for way in ways:
                 _told(prefill(group, asked, way, length, alone), say, keep)
-        if "decode" in asked.whats:
+        if "decode" in asked.whats and asked.schemes:
             _told(decode(group, asked, length), say, keep)
+        for spec in asked.mechanisms:
+            for queries in searches.counts(group, asked.whats, length):
+                _told(searches.row(group, asked.inputs, spec, length, queries, asked.seconds), say, keep)
 
 
 def _told(row: dict[str, Any], say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> None:
@@ -95,7 +103,7 @@ def prefill(group: Group, asked: Asked, way: Scheme, length: int, alone: float) 
     _reset(group)
     with way.around(), torch.no_grad():
         try:
-            out, sent = _all_or_none(group, lambda: way.attend(q, k, v))
+            out, sent, first = _all_or_none(group, lambda: way.attend(q, k, v))
         except _NotHereError as reason:
             return row | {"skipped": str(reason)}
         peak = _peak(group)
@@ -109,14 +117,14 @@ def prefill(group: Group, asked: Asked, way: Scheme, length: int, alone: float) 
             if way.name.startswith("torch"):
                 return row | {"skipped": told}
             raise WrongOutputError(told)
-        times = turns(group, lambda: way.attend(q, k, v), asked.seconds)
+        times = [first] if first > _LONG else turns(group, lambda: way.attend(q, k, v), asked.seconds)
     middle, low, high = timing.spread(times)
     rate = asked.flops(way.pairs) / middle / 1e12
     return row | {
         "seconds": middle, "low": low, "high": high, "turns": len(times),
         "tflops_per_rank": rate, "efficiency": rate / alone,
         "speedup": asked.flops(length * (length + 1) / 2) / 1e12 / alone / middle, "alone_tflops": alone,
-        "sent_bytes": int(_most(group, sent)), "peak_bytes": peak, "error": error, "rows_checked": found,
+        "sent_bytes": int(slowest(group, sent)), "peak_bytes": peak, "error": error, "rows_checked": found,
     }  # fmt: skip
 
 
@@ -148,7 +156,7 @@ def decode(group: Group, asked: Asked, length: int) -> dict[str, Any]:
         "seconds": middle, "low": low, "high": high, "turns": len(times), "graph": graph,
         "alone_seconds": alone, "speedup": alone / middle, "efficiency": alone / middle / group.size,
         "read_bytes_per_s_per_rank": numbers * max(layout.counts) / middle,
-        "sent_bytes": int(_most(group, sent)), "error": error, "rows_checked": len(rows),
+        "sent_bytes": int(slowest(group, sent)), "error": error, "rows_checked": len(rows),
     }  # fmt: skip
 
 
@@ -163,7 +171,7 @@ def _decode_alone(group: Group, asked: Asked, queries: list[Tensor], length: int
         with torch.no_grad():
             step, _ = _steps(one, [partial(decode_attention, one, q, k, v, counts, scale=scale) for q in queries])
             seconds = timing.spread(turns(one, step, asked.seconds))[0] / len(queries)
-    return _most(group, seconds)
+    return slowest(group, seconds)
 
 
 def _alone(group: Group, asked: Asked, length: int) -> float:
@@ -172,7 +180,7 @@ def _alone(group: Group, asked: Asked, length: int) -> float:
     if group.rank == 0:
         one, inputs = Group.alone(group.device), asked.inputs
         most = _ALONE_PAIRS[group.device.type]
-        count = length if length * length / 2 <= most else max(1, most // length)
+        count = length if length * length / 2 <= most else max(1, most // (2 * length))
         keys, queries = contiguous(length, 1), contiguous(count, 1, length - count)
         q = inputs.at("q", [(length - count, length)])
         k, v = (inputs.at(kind, [(0, length)]) for kind in "kv")
@@ -184,20 +192,7 @@ def _alone(group: Group, asked: Asked, length: int) -> float:
             attend()
             pairs = count * (length - count) + count * (count + 1) / 2
             rate = asked.flops(pairs) / timing.spread(turns(one, attend, asked.seconds))[0] / 1e12
-    return _most(group, rate)
-
-
-def turns(group: Group, call: Callable[[], object], seconds: float) -> list[float]:
-    """Return the seconds of calls, the slowest rank's of each, until they have taken so long together."""
-    found: list[float] = []
-    while len(found) < _MOST and (not found or sum(found) + found[-1] <= seconds):
-        _synchronize(group)
-        group.barrier()
-        began = time.perf_counter()
-        call()
-        _synchronize(group)
-        found.append(_most(group, time.perf_counter() - began))
-    return found
+    return slowest(group, rate)
 
 
 def _steps(group: Group, calls: list[Callable[[], Tensor]]) -> tuple[Callable[[], object], bool]:
@@ -212,34 +207,30 @@ class _NotHereError(Exception):
     """A scheme that fails on some rank: all go on without it."""
 
 
-def _all_or_none(group: Group, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """Return what a call gives, if it gives it on every rank, and the bytes that this rank sent."""
+def _all_or_none(group: Group, call: Callable[[], Tensor]) -> tuple[Tensor, int, float]:
+    """Return what a call gives, if it gives it on every rank, the bytes that this rank sent, and the seconds."""
     told, out = "", None
+    group.barrier()
     group.sent.clear()
+    began = time.perf_counter()
     try:
         out = call()
-        _synchronize(group)
+        synchronize(group)
     except LongspanError:
         raise
     except (RuntimeError, NotImplementedError) as error:
         told = str(error).strip().splitlines()[0]
         _clean(group)
-    sent = sum(group.sent.values())
-    if _most(group, float(out is None)):
+    seconds, sent = time.perf_counter() - began, sum(group.sent.values())
+    if slowest(group, float(out is None)):
         raise _NotHereError(f"failed: {told or 'on another rank'}")
     assert out is not None
-    return out, sent
-
-
-def _most(group: Group, value: float) -> float:
-    """Return the greatest of all ranks' values."""
-    told = torch.tensor([value], dtype=torch.float64, device=group.device)
-    return float(group.reduce(told, "max"))
+    return out, sent, slowest(group, seconds)
 
 
 def _peak(group: Group) -> int | None:
     """Return the bytes of GPU memory that the busiest rank had in use at most; None on a CPU."""
-    return int(_most(group, torch.cuda.max_memory_allocated())) if group.device.type == "cuda" else None
+    return int(slowest(group, torch.cuda.max_memory_allocated())) if group.device.type == "cuda" else None
 
 
 def _reset(group: Group) -> None:
@@ -251,8 +242,3 @@ def _reset(group: Group) -> None:
 def _clean(group: Group) -> None:
     if group.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _synchronize(group: Group) -> None:
-    if group.device.type == "cuda":
-        torch.cuda.synchronize()

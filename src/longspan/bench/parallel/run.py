@@ -45,7 +45,12 @@ def parser() -> Parser:
     )
     made.add_argument("--lengths", default="4K", help="tokens, commas between; default: %(default)s")
     made.add_argument(
-        "--schemes", default="ring,context_parallel,star", help=f"of {', '.join(SCHEMES)}; default: %(default)s"
+        "--schemes",
+        default="ring,context_parallel,star",
+        help=f"of {', '.join(SCHEMES)}, or none; default: %(default)s",
+    )
+    made.add_argument(
+        "--mechanisms", default="", metavar="SPECS", help="that search over ranks too, spaces between: superlinear tree"
     )
     made.add_argument("--what", default="prefill,decode", help="default: %(default)s")
     made.add_argument("--heads", default="32/8", metavar="HQ/HKV", help="query and KV heads; default: %(default)s")
@@ -65,7 +70,8 @@ def parser() -> Parser:
 def _main(arguments: list[str]) -> int:
     given = parser().parse_args(arguments)
     heads = _heads(given.heads)
-    lengths, schemes, whats = lengths_of(given.lengths), _names(given.schemes), _names(given.what)
+    lengths, whats = lengths_of(given.lengths), _names(given.what)
+    schemes = () if given.schemes == "none" else _names(given.schemes)
     for kind, names, known in (("scheme", schemes, tuple(SCHEMES)), ("part", whats, WHATS)):
         for name in names:
             if name not in known:
@@ -85,6 +91,7 @@ def _main(arguments: list[str]) -> int:
         anchor=tokens_of(given.anchor) if given.anchor else None,
         block=tokens_of(given.block) if given.block else None,
         seconds=given.seconds,
+        mechanisms=tuple(given.mechanisms.split()),
     )
     found = about(group, asked, arguments)
 
