@@ -13,6 +13,7 @@ from longspan.engine import contexts
 from longspan.engine.ranks import Ranks
 from longspan.errors import LongspanError, ParallelError, SessionCorruptError, UsageError
 from longspan.hf.loading import load
+from longspan.hf.model import CausalModel
 from longspan.retrieval import heads
 
 WORDS = (
@@ -27,19 +28,21 @@ def text(words=350):
 
 
 @functools.cache
-def model(folder):
+def model(folder, native=False):
     made = load(folder, device="cpu", dtype=torch.float32)
+    if native:
+        return CausalModel("native", made.model, made.tokenizer, native=True)
     if made.config.model_type == "llama":
         heads.store(made.fingerprint, heads.RetrievalHeads(((1, 0), (2, 1), (2, 3))), {})
     return made
 
 
-def engine(group, folder, spec, place, placement="auto"):
+def engine(group, folder, spec, place, placement="auto", native=False):
     """An engine over the group's ranks, and on rank 0 another over none; None on others, once they were let go."""
     os.environ.update(LONGSPAN_CACHE=f"{place}/cache", LONGSPAN_SESSIONS=f"{place}/sessions", LONGSPAN_THREADS="1")
     contexts.CHUNK = 128
-    over = LLM(model(folder), spec, parallel=Ranks(group, placement))
-    return None if over.follow() else (over, LLM(model(folder), spec))
+    over = LLM(model(folder, native), spec, parallel=Ranks(group, placement))
+    return None if over.follow() else (over, LLM(model(folder, native), spec))
 
 
 def answers(llm, name):
@@ -127,9 +130,9 @@ def test_tokens_are_taken_back_on_all_ranks(ranks, folder, tmp_path):
     assert ranks.run(taken_back, folder, str(tmp_path), size=3)[0] < 1e-3
 
 
-def with_states(group, folder, place):
+def with_states(group, folder, place, spec, native):
     """How far logits over ranks are from one rank's, on a model with recurrent layers, and of a restored context."""
-    engines = engine(group, folder, "superlinear:window=80,spans=2", place)
+    engines = engine(group, folder, spec, place, native=native)
     if engines is None:
         return None
     over, alone = engines
@@ -138,6 +141,13 @@ def with_states(group, folder, place):
         for llm in (over, alone):
             context = llm.new_context(llm.attention)
             context.extend(tokens[:500])
+            states = context.tensors()
+            assert [name for name in states if name.startswith("states.")]
+            if llm is over:
+                assert native == (over.ranks.group.sent["deal"] > 0), "native layers run a part on each rank"
+            if llm is alone:
+                apart = [float((saved[name] - kept).abs().max()) for name, kept in states.items() if "states" in name]
+                assert max(apart) < 1e-4, apart
             saved = saved or context.tensors()
             context.step(tokens[500:510])
             context.truncate(500)
@@ -151,11 +161,13 @@ def with_states(group, folder, place):
         over.close()
 
 
-def test_recurrent_states_are_those_of_one_rank(ranks, tmp_path):
+@pytest.mark.parametrize(("spec", "native"), [("superlinear:window=80,spans=2", False), ("dense", True)])
+def test_recurrent_states_are_those_of_one_rank(ranks, tmp_path, spec, native):
+    """Modules of transformers run all tokens on every rank, native layers a part, and hand states along."""
     from tiny_hybrid import save_hybrid
 
     folder = str(save_hybrid(tmp_path / "hybrid", "nemotron_h"))
-    found = ranks.run(with_states, folder, str(tmp_path), size=3)[0]
+    found = ranks.run(with_states, folder, str(tmp_path), spec, native, size=3)[0]
     assert max(found) < 2e-4, found
 
 

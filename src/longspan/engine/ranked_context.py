@@ -209,18 +209,21 @@ class RankedContext(KVContext):
         by = None if mechanism is None else mechanism.describe()
         with self._together("add", tokens=chunk, logits=logits, mechanism=by, pages=list(self.hints.chosen_pages)):
             before, group = self.length, self.ranks.group
-            # A recurrent state goes through the text token by token: every rank then runs them all.
-            by_all = mechanism is None or logits > 0 or bool(self.recurrence.spec)
+            # Recurrent states are handed along the ranks by native layers (`hf/native/handing.py`), where parts of a
+            # chunk are neighbours; other models' layers run all tokens on every rank.
+            recurs = bool(self.recurrence.spec)
+            by_all = mechanism is None or logits > 0 or (recurs and self.model.native is None)
             reads = mechanism or self.mechanism
             shape = self.model.dimensions.shape(self.model.dtype.itemsize)
-            ring = not by_all and self.ranks.rings(reads, shape, len(chunk), before)
+            ring = not (by_all or recurs) and self.ranks.rings(reads, shape, len(chunk), before)
             split = None if by_all else self.ranks.split(len(chunk), before, ring=ring)
             own = chunk if split is None else [chunk[at - before] for at in split.positions(group.rank).tolist()]
             state = self.recurrence.state()
             trained, ring = self.model.trained, ring and split is not None
             reader = Over(self.parts, reads, self.hints, trained, group, before, split, ring=ring)
             try:
-                out = self.model.forward(own, reader, logits=logits, state=state)
+                handed = group if recurs and split is not None else None
+                out = self.model.forward(own, reader, logits=logits, state=state, ranks=handed)
                 self._count(chunk, state)
             except ParallelError:
                 raise  # nothing can be done together any more

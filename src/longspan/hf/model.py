@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import Shape
+from longspan.distributed.group import Group
 from longspan.errors import ModelError
 from longspan.hf import hybrid, trained
 from longspan.hf.adapter import Adapter
@@ -114,7 +115,13 @@ class CausalModel:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Sequence[int], reader: Reader, *, logits: int = 0, state: dict[str, Tensor] | None = None
+        self,
+        tokens: Sequence[int],
+        reader: Reader,
+        *,
+        logits: int = 0,
+        state: dict[str, Tensor] | None = None,
+        ranks: Group | None = None,
     ) -> Tensor | None:
         """Run new tokens through the layers.
 
@@ -125,6 +132,8 @@ class CausalModel:
             state: a hybrid model's recurrent state before these tokens (empty: before the first), replaced by that
                 after them where the call returns; tensors are not written to. Of a call that the reader ended, only
                 layers before that have a new one. A model whose layers all attend needs none.
+            ranks: those that run neighbouring parts of the same tokens, each its own by its rank: states before and
+                after are those of all parts (a native model); None: all tokens are here, or no layer keeps a state.
 
         Returns:
             float32 logits `[logits, V]`, or None where none are wanted or the reader had enough.
@@ -132,11 +141,12 @@ class CausalModel:
         if self.native is not None:
             from longspan.hf.native.blocks import Run
 
-            run = Run(reader, {} if state is None else state)
+            run = Run(reader, {} if state is None else state, ranks=ranks)
             out = self.native.read(torch.tensor(tokens, device=self.device), run, logits=logits)
             if state is not None:
                 state.update(run.after)
             return out
+        assert ranks is None or self._hybrid is None, "states are handed along by native layers"
         if len(tokens) == 1 and self._one_token is not None:
             return self._one_token(tokens[0], reader, logits=bool(logits))
         # Weights that were packed with loss are for answers: what documents are read with does not hang on chunks.

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longspan.distributed.group import Group
 from longspan.hf.attention import Reader
+from longspan.hf.native import handing
 from longspan.kernels.causal_conv import causal_conv
 from longspan.kernels.experts import Routing, mixture
 from longspan.kernels.gemv import gemv
@@ -49,6 +51,9 @@ class Run:
     before: Mapping[str, Tensor]
     """Recurrent states before these tokens, by the names of `hf.hybrid`; empty: before the first."""
     after: dict[str, Tensor] = field(default_factory=dict)
+    ranks: Group | None = None
+    """Those that run neighbouring parts of the same tokens, this part's place among them its rank; None: all are here.
+    States before and after are then those of all parts."""
 
 
 class Mixer(Protocol):
@@ -156,18 +161,25 @@ class Mamba:
         inputs, recurrent = (run.before.get(name) for name in names)
         projected = product(x, self.in_proj)
         gate, mixed, dt = projected.split([self.inner, self.channels, self.heads], 1)
-        mixed, inputs = causal_conv(
-            mixed.unsqueeze(0), self.conv, self.conv_bias, None if inputs is None else inputs[..., 1:].contiguous(),
-            activation="silu",
-        )  # fmt: skip
+        inputs = None if inputs is None else inputs[..., 1:].contiguous()
+        newest = None
+        if run.ranks is not None:
+            inputs, newest = handing.inputs(run.ranks, mixed, self.conv.shape[1] - 1, inputs)
+        mixed, inputs = causal_conv(mixed.unsqueeze(0), self.conv, self.conv_bias, inputs, activation="silu")
         sizes = [self.inner, self.groups * self.state, self.groups * self.state]
         values, b, c = mixed.split(sizes, 2)
-        y, recurrent = scan(
+        given = (
             values.view(1, count, self.heads, self.head_dim), dt.unsqueeze(0), self.a,
             b.view(1, count, self.groups, self.state), c.view(1, count, self.groups, self.state),
-            D=self.d, dt_bias=self.dt_bias, state=recurrent,
         )  # fmt: skip
-        del mixed, values, b, c
+        last = None
+        if run.ranks is not None:
+            _, own = scan(*given, dt_bias=self.dt_bias)
+            recurrent, last = handing.states(run.ranks, own, handing.left(given[1], self.a, self.dt_bias), recurrent)
+        y, recurrent = scan(*given, D=self.d, dt_bias=self.dt_bias, state=recurrent)
+        del mixed, values, b, c, given
+        if newest is not None and last is not None:
+            inputs, recurrent = newest, last
         run.after[names[0]] = functional.pad(inputs, (1, 0))
         run.after[names[1]] = recurrent
         normed = gated_rmsnorm(y.view(count, self.inner), gate, self.norm.weight, self.groups, self.norm.eps)
