@@ -52,7 +52,8 @@ from longspan.lengths import lengths_of  # noqa: E402
 _LEFT_OUT = ("answer", "wanted", "depths", "parameters")
 """Fields of rows that a committed result does without: they follow from the seed, or are long."""
 _MECHANISMS = (
-    "quest snapkv superlinear:sinks=4 expected streaming h2o keydiff retrieval rocketkv retrieval:read=place tree"
+    "quest sparq snapkv superlinear:sinks=4 expected kvzip h2o keydiff streaming retrieval:read=place rocketkv sparse "
+    "retrieval tree"
 )
 """Those that say most first, and last the one whose steps are many times as many small operations."""
 _DENSE = 0.4
@@ -104,10 +105,13 @@ class Watched(Local):
 def parts(options: argparse.Namespace) -> list[Part]:
     """Return what is to be asked, in this order."""
     dense = Given(RULER, named(RULER, options.tasks), lengths_of(options.lengths), options.questions, options.seed)
-    less = replace(dense, lengths=lengths_of(options.share_lengths), questions=options.share_questions)
     asked = _MECHANISMS if options.mechanisms is None else options.mechanisms
     specs = list(choosing()) if asked == "all" else asked.split()
-    return [Part(dense, ["dense"], []), *(Part(less, [spec], options.shares.split(",")) for spec in specs)]
+    less = replace(dense, lengths=lengths_of(options.share_lengths))
+    # The first questions of a plan are those of a shorter one: nothing is asked twice, and workers keep their shares.
+    rounds = [replace(less, questions=int(count)) for count in options.share_questions.split(",")]
+    shares = options.shares.split(",")
+    return [Part(dense, ["dense"], []), *(Part(given, [spec], shares) for given in rounds for spec in specs)]
 
 
 def ends(began: float, seconds: float, left: int) -> float:
@@ -116,7 +120,7 @@ def ends(began: float, seconds: float, left: int) -> float:
     Args:
         began: when the run did.
         seconds: for all of it.
-        left: parts not begun before this one, itself among them; 0: this is dense, the first.
+        left: parts of its round not begun before this one, itself among them; 0: this is dense, the first.
     """
     now = time.monotonic()
     if not left:
@@ -140,13 +144,18 @@ def work(options: argparse.Namespace) -> None:
 
     with in_folder(options.scratch, f"ruler-{mine}of{count}.jsonl") as journal:
         elsewhere = entries(options, leave_out=journal.file)
-        every = parts(options)
+        every, failed = parts(options), set[str]()
         for number, part in enumerate(every):
+            if not failed.isdisjoint(part.specs):
+                continue
             engines = Engines(asker, ways(part.specs, part.budgets), leave_out=say, local=local)
             asked = plan(part.given, engines.at)[mine - 1 :: count]
-            until = ends(began, 60 * options.minutes, len(every) - number if number else 0)
+            # The first round may take all of the time: the next one asks more of the same.
+            left = sum(other.given == part.given for other in every[number:])
+            until = ends(began, 60 * options.minutes, left if number else 0)
             while asked and not _asked(part.given, asked, journal, about, elsewhere, until):
                 asked = [each for each in asked if not _failure(each)]
+                failed.update(part.specs)
 
 
 def _asked(
@@ -292,7 +301,9 @@ def _options(told: list[str]) -> argparse.Namespace:
     made.add_argument("--mechanisms", help=f"specifications, spaces between, or all; default: {_MECHANISMS}")
     made.add_argument("--shares", default="1/4", help="of the context's keys; default: %(default)s")
     made.add_argument("--share-lengths", default="4K,8K", help="for the mechanisms; default: %(default)s")
-    made.add_argument("--share-questions", type=int, default=5, help="for the mechanisms; default: %(default)s")
+    made.add_argument(
+        "--share-questions", default="5", metavar="N,M", help="for the mechanisms, by rounds; default: %(default)s"
+    )
     made.add_argument("--seed", type=int, default=0, help="which questions")
     made.add_argument("--result", action="store_true", help="ask nothing: print what the folder holds as JSON")
     made.add_argument("--shard", help=argparse.SUPPRESS)

@@ -88,9 +88,26 @@ def test_each_part_has_its_share_of_the_time(given, monkeypatch):
 def test_mechanisms_come_in_the_order_given_after_dense():
     dense, *others = ruler.parts(ruler._options(["--out", "x"]))
     assert dense.specs == ["dense"] and dense.budgets == [] and dense.given.lengths == [1024, 2048, 4096, 8192]
-    assert [part.specs[0] for part in others][:2] == ["quest", "snapkv"] and others[-1].specs == ["tree"]
+    assert [part.specs[0] for part in others][:3] == ["quest", "sparq", "snapkv"] and others[-1].specs == ["tree"]
     assert all(part.budgets == ["1/4"] and part.given.lengths == [4096, 8192] for part in others)
     assert len(ruler.parts(ruler._options(["--out", "x", "--mechanisms", "all"]))) > 15
+
+
+def test_rounds_go_on_with_the_questions_that_were_not_asked(given, capsys):
+    small = [*given, "--share-questions", "1,3", "--shard", "1/1"]
+    assert [part.given.questions for part in ruler.parts(ruler._options(small))] == [2, 1, 1, 3, 3]
+    found = asked_by(*small)
+    assert [(row["mechanism"], row["question"]) for row in found] == [
+        ("dense", 0), ("dense", 1), ("streaming", 0), ("quest:who=layer", 0),
+        ("streaming", 1), ("streaming", 2), ("quest:who=layer", 1), ("quest:who=layer", 2),
+    ]  # fmt: skip
+
+
+def test_a_mechanism_that_failed_is_not_tried_in_the_next_round(given, monkeypatch, capsys):
+    monkeypatch.setattr(Local, "ask", lambda *_: 1 / 0)
+    assert asked_by(*given, "--share-questions", "1,3", "--shard", "1/1") == []
+    told = capsys.readouterr().err
+    assert told.count("FAILED streaming:") == told.count("FAILED quest:") == 1
 
 
 def test_the_lead_starts_workers_and_makes_the_result(given, capsys, monkeypatch):

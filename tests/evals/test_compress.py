@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longspan.attention import make
+from longspan.attention import make, parse
 from longspan.engine.kv_context import KVContext
 from longspan.errors import UsageError
 from longspan.evals import compress
@@ -16,7 +16,7 @@ from longspan.evals.compress import Case, Outcome, Question, cases, row
 from longspan.evals.compress_ours import Ours, Readings, Way, within
 from longspan.evals.compress_report import COLUMNS, picture, table
 from longspan.evals.compress_run import Given, run
-from longspan.evals.compress_work import Copy
+from longspan.evals.compress_work import Copy, Here
 from longspan.evals.haystack import prose
 from longspan.evals.journal import Journal, read
 from longspan.evals.together import continued
@@ -241,9 +241,49 @@ def test_a_press_that_fails_is_left_out_and_a_peer_that_ended_is_told(tiny, aske
         journal.begin({})
         rows = run(tiny, [peer], given, asked, journal, told.append)
         assert [r.way for r in rows[2:]] == ["a", "c"] and any("left out: b at 2: kvpress: it fell" in t for t in told)
-        peer.ended = True
-        with pytest.raises(UsageError, match="it fell"):
-            run(tiny, [peer], given, asked, journal, told.append)
+
+
+def test_a_peer_that_ended_leaves_the_rest_to_the_others(tiny, asked):
+    nll = Ours(tiny, Way(make("dense"))).run(asked[1:], ())
+    mean, told = sum(outcome.nlls for outcome in nll) / len(nll), []
+    well, ill = Peers(mean), Peers(mean, fails=("a", "b", "c"))
+    given = Given(["snapkv"], ["a", "b", "c"], [2.0], LENGTH, 3, {})
+    with Journal(None) as journal:
+        journal.begin({})
+        ill.ended = True
+        rows = run(tiny, [well, ill], given, asked, journal, told.append)
+    assert sum(r.who == "kvpress" for r in rows[2:]) >= 2, "at most the row that it was at is lost"
+    assert [r.way for r in rows if r.who == "longspan"] == ["dense", "snapkv"]
+
+
+def test_what_fails_here_ends_nothing_else(tiny, asked, monkeypatch):
+    ours, told = Ours.run, []
+
+    def full(runner, cases, continuations):
+        if runner.way.mechanism.name == "snapkv":
+            raise torch.OutOfMemoryError("no room\nfor it")
+        return ours(runner, cases, continuations)
+
+    monkeypatch.setattr(Ours, "run", full)
+    with Journal(None) as journal:
+        journal.begin({})
+        rows = run(tiny, (), Given(["snapkv", "keydiff"], (), [2.0], LENGTH, 3, {}), asked, journal, told.append)
+    assert [r.way for r in rows] == ["dense", "keydiff"]
+    assert any(line == "left out: snapkv at 2: OutOfMemoryError: no room for it" for line in told)
+
+
+def test_a_format_alone_is_measured_once_for_all_ratios(tiny, asked, monkeypatch):
+    ours, runs = Ours.run, []
+    monkeypatch.setattr(Ours, "run", lambda runner, *given: runs.append(runner.way) or ours(runner, *given))
+    here = Here(tiny, LENGTH, asked, [[1, 2, 3]])
+    assert here.measure("fp8", 1.5) == here.measure("fp8", 2.0) and len(runs) == 1
+    assert here.measure("snapkv", 2.0) != here.measure("snapkv", 4.0) and len(runs) == 3
+
+
+def test_what_keeps_every_key_is_measured_as_it_was_told_to_read(tiny):
+    assert within(tiny, "quest:budget=160,sinks=4+fp8", 1.5, LENGTH) == Way(parse("quest:budget=160,sinks=4"), "fp8")
+    with pytest.raises(UsageError, match="keeps more than 1/4"):
+        within(tiny, "quest:budget=160", 4, LENGTH)
 
 
 def test_copies_of_ours_measure_what_this_process_does(tiny, folder, asked):

@@ -204,7 +204,8 @@ def within(model: CausalModel, way: str, ratio: float, length: int) -> Way:
         spec, kv_format = DENSE, spec
     mechanism, held = parse(spec), kv_format or None
     allowed = _layer_bytes(model, make(DENSE), None, length) / ratio
-    if mechanism.exact:
+    if not mechanism.evicts and not mechanism.bounded_memory:
+        # Every key is kept. What reads only some of them reads what it was told to: a ratio says nothing of that.
         if _layer_bytes(model, mechanism, held, length) > allowed * 8 / 7:
             raise UsageError(f"{way} keeps more than 1/{ratio:g}")
         return Way(mechanism, held)

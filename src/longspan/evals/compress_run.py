@@ -38,7 +38,7 @@ WAYS = (
     "kvzip+int4:residual=0", "snapkv", "expected", "keydiff:every=0", "streaming", "snapkv:heads=adaptive",
     "kvzip:heads=adaptive", "expected+int4:residual=0", "snapkv+int4:residual=0", "h2o:every=0", "rocketkv",
     "expected:heads=adaptive", "int8", "fp8", f"h2o:every=0+{_SMALL}", "int2:residual=0", "snapkv:when=question",
-    "rocketkv:when=question",
+    "rocketkv:when=question", "quest:budget=1024+int4", "sparq:budget=1024+int4", f"rocketkv+{_SMALL}",
 )  # fmt: skip
 """Ours, where none are named, those that promise most first: both together, then methods and formats alone."""
 
@@ -104,7 +104,8 @@ def run(
         _measured(model, peers, copies, own, waiting, board, board.continuations(dense))
     missing = [plan for plan in [*ours, *theirs] if plan not in rows and plan not in board.left_out]
     if missing:
-        tell(f"{len(missing)} rows were not reached in {given.minutes:g} minutes: the same command goes on from --out")
+        within = "" if given.minutes is None else f" in {given.minutes:g} minutes"
+        tell(f"{len(missing)} rows were not reached{within}: the same command goes on from --out")
     return [rows[plan] for plan in [*first, *ours, *theirs] if plan in rows]
 
 
@@ -151,6 +152,8 @@ def _measured(
             begin()
             for plan in following(groups):
                 found.put(_measure(measurer, plan))
+                if measurer.ended:
+                    break
         except BaseException as error:  # told where rows are taken
             found.put(error)
         found.put(None)
@@ -171,13 +174,13 @@ def _measured(
 
 
 def _measure(measurer: Measurer, plan: Plan) -> _Found:
-    """Return what came of a plan, or why it is left out; what ended the whole process is raised."""
+    """Return what came of a plan, or why it is left out: one that fails ends no others."""
     try:
         return _Found(plan, *measurer.measure(plan[1], plan[2]))
     except UsageError as error:
-        if measurer.ended:
-            raise
         return _Found(plan, error=error)
+    except Exception as error:
+        return _Found(plan, error=UsageError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
 
 class _Board:
