@@ -89,6 +89,7 @@ def folder(tmp_path_factory):
     [
         ("dense", 3, "ring"),
         ("dense", 2, "sharded"),
+        ("dense", 3, "context_parallel"),
         ("superlinear:window=80,spans=2", 3, "auto"),
         ("tree:window=70,leaves=4,beam=2", 3, "auto"),
         ("streaming:window=100,sinks=4", 2, "auto"),

@@ -117,6 +117,7 @@ class Group:
             torch.cuda.set_device(place)
             options = dist.ProcessGroupNCCL.Options()
             options.is_high_priority_stream = True  # what is sent beside compute must not queue behind it
+            options._timeout = datetime.timedelta(seconds=timeout)  # another than the group's own is warned of
         with _told("meeting the other ranks", timeout):
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",

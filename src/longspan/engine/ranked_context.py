@@ -1,7 +1,7 @@
 """The context whose keys and values lie on several ranks.
 
 A long chunk of documents is split: each rank runs its own tokens through the layers, and in every layer queries go to
-the keys or keys go round (`ranked_reader.py`). A question and decode are run by every rank: only attention is shared,
+the keys or keys to the queries (`ranked_reader.py`). A question and decode are run by every rank: only attention is shared,
 and every rank has the same logits. Whatever is done is done on all ranks in step (`ranks.py`).
 """
 
@@ -215,12 +215,11 @@ class RankedContext(KVContext):
             by_all = mechanism is None or logits > 0 or (recurs and self.model.native is None)
             reads = mechanism or self.mechanism
             shape = self.model.dimensions.shape(self.model.dtype.itemsize)
-            ring = not (by_all or recurs) and self.ranks.rings(reads, shape, len(chunk), before)
-            split = None if by_all else self.ranks.split(len(chunk), before, ring=ring)
+            brings = None if by_all or recurs else self.ranks.brings(reads, shape, len(chunk), before)
+            split = None if by_all else self.ranks.split(len(chunk), before, keys=brings is not None)
             own = chunk if split is None else [chunk[at - before] for at in split.positions(group.rank).tolist()]
             state = self.recurrence.state()
-            trained, ring = self.model.trained, ring and split is not None
-            reader = Over(self.parts, reads, self.hints, trained, group, before, split, ring=ring)
+            reader = Over(self.parts, reads, self.hints, self.model.trained, group, before, split, brings)
             try:
                 handed = group if recurs and split is not None else None
                 out = self.model.forward(own, reader, logits=logits, state=state, ranks=handed)

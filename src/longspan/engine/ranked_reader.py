@@ -2,26 +2,30 @@
 
 Keys and values of new tokens go to the pages of the ranks that hold them, and queries attend over all ranks: those of
 tokens that every rank runs, or of a chunk of which each rank runs a part. Then either queries go to the keys
-(`attention/sharded.py`, for every mechanism that is sharded), or keys go round (`distributed/ring.py`, for dense
-attention while the context is not much longer than the chunk). It does not know when tokens are read or taken back:
-contexts do.
+(`attention/sharded.py`, for every mechanism that is sharded), or keys to the queries (for dense attention while the
+context is not much longer than the chunk): they go round (`distributed/ring.py`) or are gathered
+(`distributed/context_parallel.py`). It does not know when tokens are read or taken back: contexts do.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from longspan.attention import Hints, Mechanism
 from longspan.attention.sharded import attend
+from longspan.distributed.context_parallel import gather_attention
 from longspan.distributed.group import Group
 from longspan.distributed.layer import ShardKV
 from longspan.distributed.layout import Layout
 from longspan.distributed.ring import ring_attention
 from longspan.hf.trained import Trained
+
+_BRING: dict[str, Callable[..., Tensor]] = {"ring": ring_attention, "context_parallel": gather_attention}
+"""By the names of `engine.ranks.PLACEMENTS`."""
 
 
 class Over:
@@ -36,8 +40,7 @@ class Over:
         group: Group,
         first: int,
         chunk: Layout | None = None,
-        *,
-        ring: bool = False,
+        brings: str | None = None,
     ) -> None:
         """Take what is read and by whom.
 
@@ -49,17 +52,18 @@ class Over:
             group: the ranks.
             first: position of the first token.
             chunk: which positions each rank runs; None: each runs all.
-            ring: whether keys go round instead of queries (dense attention, with a chunk).
+            brings: how keys go to the queries instead (dense attention, with a chunk): one of `_BRING`.
         """
         self.parts, self.mechanism, self.hints, self.trained = parts, mechanism, hints, trained
-        self.group, self.first, self.chunk, self.ring = group, first, chunk, ring
+        self.group, self.first, self.chunk = group, first, chunk
+        self.bring = None if brings is None or chunk is None else _BRING[brings]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `hf.attention.Reader`; q, k and v are of the tokens that this rank runs."""
         part, out = self.parts[layer], None
         if self.chunk is not None:
-            if self.ring:
-                out = self._round(part, self.chunk, q, k, v, scale)
+            if self.bring is not None:
+                out = self._brought(part, self.chunk, self.bring, q, k, v, scale)
             else:
                 q = _whole(q, self.chunk, self.group)
             k, v = (_whole(x, self.chunk, self.group) for x in (k, v))
@@ -71,8 +75,10 @@ class Over:
         split = None if self.chunk is None else self.chunk.counts
         return attend(self.mechanism, q, part.rows, self.group, first=self.first, scale=scale, hints=hints, split=split)
 
-    def _round(self, part: ShardKV, chunk: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attend while keys and values go round: those of the chunk where they were computed, older ones in pages."""
+    def _brought(
+        self, part: ShardKV, chunk: Layout, bring: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """Attend to keys that come from other ranks: those of the chunk from where they are made, older ones from pages."""
         rows, held = part.rows, part.shards.count(self.first)
         if rows.rotary is not None:
             at = chunk.positions(self.group.rank)
@@ -80,7 +86,7 @@ class Over:
         keys = torch.cat([rows.keys_at_own_positions(0, held), k.to(part.pool.dtype)], 2)
         values = torch.cat([rows.values(0, held), v.to(part.pool.dtype)], 2)
         past = tuple(part.shards.of(rank).count(self.first) for rank in range(self.group.size))
-        return ring_attention(self.group, q, keys, values, chunk, _behind(past, chunk), scale=scale)
+        return bring(self.group, q, keys, values, chunk, _behind(past, chunk), scale=scale)
 
 
 @functools.lru_cache(maxsize=8)

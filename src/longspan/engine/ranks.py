@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention import Mechanism, Shape, parse
+from longspan.distributed.context_parallel import GATHER_BYTES
 from longspan.distributed.follow import Word
 from longspan.distributed.group import Group
 from longspan.distributed.layout import Layout, contiguous, zigzag
@@ -28,9 +29,10 @@ from longspan.kv.undisturbed import Undisturbed
 if TYPE_CHECKING:
     from longspan.engine.ranked_context import RankedContext
 
-PLACEMENTS = ("auto", "sharded", "ring")
+PLACEMENTS = ("auto", "sharded", "ring", "context_parallel")
 """How a chunk of documents is attended from: queries go to the keys (`sharded`, any mechanism that can), keys go round
-(`ring`, dense attention; others are sharded), or for each chunk what sends less (`auto`)."""
+(`ring`) or are gathered on every rank (`context_parallel`; both for dense attention, others are sharded), or for each
+chunk what sends less (`auto`): few keys are then gathered, more go round."""
 LEAST = 16
 """Tokens of a chunk for each rank from which on they are split: fewer are run by every rank."""
 
@@ -76,24 +78,32 @@ class Ranks:
             self._rotaries[key] = ShardRotary(whole, shards)
         return self._rotaries[key]
 
-    def split(self, count: int, first: int, *, ring: bool) -> Layout | None:
-        """Return which tokens of a chunk, from `first` on, each rank runs through the layers; None: each runs all."""
+    def split(self, count: int, first: int, *, keys: bool) -> Layout | None:
+        """Return which tokens of a chunk, from `first` on, each rank runs through the layers; None: each runs all.
+
+        `keys`: whether keys go to the queries.
+        """
         size = self.group.size
         if count < LEAST * size:
             return None
-        # Queries that go to the keys are the same work wherever they come from; keys that go round meet more of the
-        # later ones.
-        return zigzag(count, size, first) if ring else contiguous(count, size, first)
+        # Queries that go to the keys are the same work wherever they come from; later ones see more of the keys that
+        # come to them.
+        return zigzag(count, size, first) if keys else contiguous(count, size, first)
 
-    def rings(self, mechanism: Mechanism, shape: Shape, count: int, first: int) -> bool:
-        """Return whether keys go round for a chunk of `count` tokens behind `first` others, instead of queries."""
+    def brings(self, mechanism: Mechanism, shape: Shape, count: int, first: int) -> str | None:
+        """Return how keys go to the queries of a chunk of `count` tokens behind `first` others: `ring` or
+        `context_parallel`; None: queries go to the keys.
+        """
         if self.placement == "sharded" or not mechanism.exact:
-            return False
-        if self.placement == "ring":
-            return True
+            return None
+        if self.placement != "auto":
+            return self.placement
         # Of a query q and the output in float32 travel, of a key it and its value: the fewer bytes.
         queries = count * shape.query_heads * (shape.head_dim * shape.kv_bytes + 4 * (shape.value_dim + 1))
-        return (first + count) * shape.token_bytes < queries
+        keys = (first + count) * shape.token_bytes
+        if keys >= queries:
+            return None
+        return "context_parallel" if keys <= GATHER_BYTES else "ring"
 
     def add(self, context: RankedContext) -> int:
         """Count a context among those that all ranks hold, and return its number."""

@@ -70,6 +70,7 @@ def part_gradients(
     # The kernel's own handling of groups has changed between releases of PyTorch: keys of this part are spread out.
     wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout's random numbers
+    lse = lse.contiguous()  # it reads the log-sum-exps of a part of the rows as if they were all there are
     dq, dk, dv = _FLASH_BACKWARD(
         grad, q, wide_k, wide_v, out, lse, None, None, q.shape[2], keys, 0.0, causal, unused, unused[0], scale=scale
     )
