@@ -43,19 +43,27 @@ def test_every_answer_follows_from_the_text(seed):
             links = answer.split("=")
             assert told == [links[0]] and all(f" {a}={b};" in text for a, b in itertools.pairwise(links))
         else:
-            assert answer == ",".join(told) and len(told) == (1 if asked.kind == "key" else len(answer.split(",")))
+            assert answer == ",".join(sorted(told)) and (len(told) == 1) == (asked.kind == "key")
+            assert len({code[0] for code in told}) == len(told), "what comes next can be told from what was said"
 
 
 def test_sequences_follow_from_their_seeds():
     first, again, other = (tasks.make(seed, 300, HAY, tasks.Mix()) for seed in (1, 1, 2))
     assert first == again and first != other
     long = tasks.make(3, 5000, HAY * 3, tasks.Mix(most_facts=4), questions=6)
-    assert long.text == 5001 and len(long.asked) == 6
+    assert long.text == 5000 and len(long.asked) == 6
+
+
+def test_nothing_is_asked_twice():
+    for seed in range(6):
+        made = tasks.make(seed, 2000, HAY, tasks.Mix(asked=1000, density=0.1))
+        names = [words(made.tokens[asked.start - 6 : asked.start - 1]) for asked in made.asked]
+        assert made.text == 1000 and len(set(names)) == len(names) > 0
 
 
 def tiny_recipe(monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", Size("M*", 64, 2, 1, 32, 16))
-    return Recipe("tiny", (Phase(1.0, 64),), batch=512, rates=Rates(warmup=5))
+    return Recipe("tiny", (Phase(1.0, 64, 32),), batch=512, rates=Rates(warmup=5))
 
 
 def test_a_tiny_model_learns(monkeypatch, tmp_path):
@@ -79,12 +87,27 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path):
     assert [r["loss"] for r in rows] == [r["loss"] for r in once]
 
 
+def test_what_searches_is_saved_with_the_model(monkeypatch, tmp_path):
+    recipe = tiny_recipe(monkeypatch)
+    recipe = replace(recipe, phases=(Phase(1.0, 128, 64, segments=(0, 32), searching=0.3, sparse=0.5),), rank=4)
+    task = learn.Learn(recipe, HAY, torch.device("cpu"))
+    rows = loop.train(task, tmp_path / "run", loop.Budget(steps=6), recipe.rates)
+    assert all(0 <= row["found"] <= 1 for row in rows)
+    task.save(tmp_path / "m", task.identity)
+    model = load(str(tmp_path / "m"), device="cpu", adapter=str(tmp_path / "m" / learn.ROUTED))
+    assert model.adapter.attention == "superlinear:sinks=4" and len(model.adapter.routing) == 1
+    assert torch.equal(model.adapter.routing[0].up, task.parameters["routing.0.up"].detach())
+    assert model.adapter.routing[0].up.abs().max() > 0, "it moved from the query itself"
+
+
 def test_a_run_begins_with_the_weights_of_an_earlier_one(monkeypatch, tmp_path):
     recipe, cpu = tiny_recipe(monkeypatch), torch.device("cpu")
     task = learn.Learn(recipe, HAY, cpu)
     task.save(tmp_path / "m", task.identity)
     other = learn.Learn(replace(recipe, seed=1), HAY, cpu, start=tmp_path / "m")
-    assert all(torch.equal(p, task.parameters[name].bfloat16().float()) for name, p in other.parameters.items())
+    for name, parameter in other.parameters.items():
+        kept = task.parameters[name]
+        assert torch.equal(parameter, kept if name.startswith("routing") else kept.bfloat16().float())
     monkeypatch.setitem(SIZES, "tiny", Size("M*", 32, 2, 1, 32, 16))
     for folder in (tmp_path / "m", tmp_path / "none"):
         with pytest.raises(ModelError, match="no model of this recipe's size") as caught:
@@ -108,9 +131,27 @@ def test_the_engine_answers_as_the_trainer_does(monkeypatch, tmp_path):
         states = hidden_states(model.model, torch.tensor([tokens]), lambda _, q, k, v: dense(q, k, v, 32**-0.5, None))
         wanted = model.model.lm_head(states)[0, -1]
     torch.testing.assert_close(found.flatten(), wanted, atol=2e-4, rtol=1e-3)
-    lines = evaluate.evaluate(model, [parse("dense"), parse("streaming")], [200], HAY, texts=1, questions=2)
-    assert {line.attention for line in lines} == {"dense", "streaming"} and lines[-1].kind == "all"
-    assert sum(line.count for line in lines if line.kind == "all") == 4
+    groups = list(evaluate.evaluate(model, [parse("dense"), parse("streaming")], [200], HAY, texts=1, questions=2))
+    assert [group[-1].kind for group in groups] == ["all", "all"] and [g[-1].count for g in groups] == [2, 2]
+    assert [group[0].attention for group in groups] == ["dense", "streaming"]
+    late = evaluate.evaluate(model, [parse("dense")], [200], HAY, until=0.0)
+    assert list(late) == [], "no text is begun after that time"
+
+
+def test_an_answer_is_right_where_greedy_decoding_gives_it(monkeypatch, tmp_path):
+    task = learn.Learn(tiny_recipe(monkeypatch), HAY, torch.device("cpu"))
+    task.save(tmp_path / "m", task.identity)
+    model = load(str(tmp_path / "m"), device="cpu", dtype=torch.float32)
+    context = KVContext(model, parse("dense"))
+    context.extend([tasks.START, *HAY[:100]])
+    question, said = [tasks.ASK, *b"nopek="], []
+    decoding = context.fork()
+    logits = decoding.step(question)
+    for _ in range(4):
+        said.append(int(logits.argmax()))
+        logits = decoding.step(said[-1:])
+    assert evaluate._told(context.fork(), question, said)
+    assert not evaluate._told(context.fork(), question, [*said[:2], said[2] ^ 1, said[3]])
 
 
 def test_the_command_measures_and_says_what_is_wrong(monkeypatch, tmp_path, capsys):
@@ -118,8 +159,11 @@ def test_the_command_measures_and_says_what_is_wrong(monkeypatch, tmp_path, caps
     task = learn.Learn(tiny_recipe(monkeypatch), HAY, torch.device("cpu"))
     task.save(tmp_path / "m", task.identity)
     asked = ["eval", "--model", str(tmp_path / "m"), "--lengths", "100,200", "--texts", "2", "--questions", "1"]
-    assert command.main([*asked, "--device", "cpu", "--json"]) == 0
+    assert command.main([*asked, "--device", "cpu", "--json", "--out", str(tmp_path / "found.json")]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "found.json").read_text()) == told
+    fifths = [sum(count for _, count in line["depths"]) for line in told["lines"] if line["kind"] != "none"]
+    assert all(count > 0 for count in fifths) and all(line["texts"] == 2 for line in told["lines"])
     assert told["text"] == len(HAY) and told["trained"] == task.identity and told["device"]
     assert [(line["length"], line["count"]) for line in told["lines"] if line["kind"] == "all"] == [(100, 2), (200, 2)]
     assert command.main(["train", "--recipe", "great", "--minutes", "1", "--out", str(tmp_path / "no")]) == 2

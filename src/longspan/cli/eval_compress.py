@@ -23,6 +23,7 @@ _TASKS = "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multiva
 def compress(
     doc: options.Documents = None,
     model: options.Model = None,
+    adapter: options.Adapter = None,
     ratios: Annotated[
         str, typer.Option("--ratios", metavar="N,N", help="Dense's bytes over those that may be kept.")
     ] = "2,4,8,16",
@@ -79,6 +80,8 @@ def compress(
         raise UsageError("--jobs and --peer-jobs need at least 1, and --minutes more than 0")
     if peer is not None and peer_python is None:
         raise UsageError(f"--peer {peer} runs in an environment of its own: name its interpreter with --peer-python")
+    if peer is not None and adapter is not None:
+        raise UsageError(f"--peer {peer} loads a model without adapters: leave out --peer or --adapter")
     with Progress() as progress, contextlib.ExitStack() as stack:
         text = work.prose_of(doc, progress)
         from longspan.evals.compress import cases, folder_of
@@ -93,11 +96,11 @@ def compress(
 
         names = named(RULER, tasks)
         journal = stack.enter_context(in_folder(out, "compress.jsonl"))
-        llm = work.load(model, None, device, progress)
+        llm = work.load(model, None, device, progress, adapter=adapter)
         where, dtype = llm.model.device, str(llm.model.dtype).removeprefix("torch.")
         about = environment(where, "eval compress", sys.argv[3:]) | {"model": llm.model.name, "dtype": dtype}
         about["command"] = about["command"].replace("python -m", "longspan", 1)
-        copies = [stack.enter_context(Copy(llm.model.name, str(where), dtype)) for _ in range(jobs - 1)]
+        copies = [stack.enter_context(Copy(llm.model.name, str(where), dtype, adapter)) for _ in range(jobs - 1)]
         peers = []
         if peer is not None and peer_python is not None:
             folder = folder_of(llm.model) if peer_model is None else Path(peer_model)

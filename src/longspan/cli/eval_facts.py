@@ -20,6 +20,7 @@ EXAMPLE = 'longspan eval facts --lengths 4K,16K --mechanisms "streaming retrieva
 def facts(
     files: Annotated[list[str] | None, typer.Argument(metavar="[FILES]", help="Files to merge (with --merge).")] = None,
     model: options.Model = None,
+    adapter: options.Adapter = None,
     mechanisms: Annotated[
         str,
         typer.Option("--mechanisms", metavar="SPECS", help="Specifications with spaces between; auto: as ask chooses."),
@@ -78,6 +79,7 @@ def facts(
             out=None if out is None else Path(out),
             minutes=minutes,
             merge=[Path(name) for name in files or []] or None,
+            adapter=adapter,
         )
         result = measure(given, f"longspan eval facts {shlex.join(sys.argv[3:])}", progress.say)
         # Its journal is a file, which has neighbours that are none of it: the report has a folder of its own.

@@ -1,6 +1,6 @@
 """Who measures in a comparison of ways to compress: this process, copies of it side by side, or a peer's.
 
-    python -m longspan.evals.compress_work MODEL DEVICE DTYPE
+    python -m longspan.evals.compress_work MODEL DEVICE DTYPE [ADAPTER]
 
 A small model leaves most of a GPU, or of many cores, idle: one process is busy with launching. A copy loads the model,
 is told once what is asked of every way (`begin`), and then measures a way at a ratio a line. Ratios of one way come one
@@ -84,9 +84,9 @@ class Here:
 class Copy:
     """A process of its own with the same model."""
 
-    def __init__(self, model: str, device: str, dtype: str) -> None:
+    def __init__(self, model: str, device: str, dtype: str, adapter: str | None = None) -> None:
         """Start it, and wait for nothing; arguments as on the command line above."""
-        command = [sys.executable, "-m", __name__, model, device, dtype]
+        command = [sys.executable, "-m", __name__, model, device, dtype, *([adapter] if adapter else [])]
         self.program = Program("a copy of longspan", command, {"OMP_NUM_THREADS": "1", "LONGSPAN_THREADS": "1"})
 
     def begin(self, length: int, cases: Sequence[Case], continuations: Sequence[Sequence[int]]) -> None:
@@ -116,8 +116,8 @@ class Copy:
 
 def main() -> int:
     """Load the model, say so, and answer until standard input ends."""
-    name, device, dtype = sys.argv[1:4]
-    model = load(name, device=device, dtype=dtype_of(dtype))
+    name, device, dtype, *adapter = sys.argv[1:]
+    model = load(name, device=device, dtype=dtype_of(dtype), adapter=adapter[0] if adapter else None)
     _say({"model": model.fingerprint})
     here: Here | None = None
     for line in sys.stdin:

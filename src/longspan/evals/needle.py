@@ -73,6 +73,7 @@ class Options:
     out: Path | None
     minutes: float | None
     merge: list[Path] | None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def measure(given: Options, command: str, tell: Callable[[str], None]) -> dict[s
     dtype = _dtype(given.dtype, given.device)
     with Journal(given.out) as journal:
         answered(journal.entries)  # a file of another eval is refused before a model is loaded
-        llm = LLM(given.model, device=given.device, dtype=dtype, say=tell)
+        llm = LLM(given.model, device=given.device, dtype=dtype, adapter=given.adapter, say=tell)
         tasks = plan(llm.model, wanted)
         about = environment(llm.model.device, "", []) | {"command": command}
         about |= {"model": llm.model.name, "dtype": str(llm.model.dtype).removeprefix("torch.")}

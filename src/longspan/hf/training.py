@@ -113,22 +113,32 @@ def _mamba(layer: Any) -> Callable[[Tensor], Tensor]:
     def step(h: Tensor) -> Tensor:
         projected = mixer.in_proj(layer.norm(h))
         gate, mixed, dt = projected.split([inner, inner + 2 * shared, mixer.num_heads], -1)
-        width = mixer.conv1d.weight.shape[-1]
-        mixed = F.conv1d(
-            F.pad(mixed.mT, (width - 1, 0)), mixer.conv1d.weight.to(mixed.dtype),
-            None if mixer.conv1d.bias is None else mixer.conv1d.bias.to(mixed.dtype), groups=mixed.shape[-1],
-        )  # fmt: skip
-        x, b, c = F.silu(mixed).mT.split([inner, shared, shared], -1)
+        x, b, c = F.silu(_convolved(mixed, mixer.conv1d)).split([inner, shared, shared], -1)
         y = parallel.scan(
             x.unflatten(-1, (-1, mixer.head_dim)), dt, -mixer.A_log.float().exp(),
             b.unflatten(-1, (mixer.n_groups, -1)), c.unflatten(-1, (mixer.n_groups, -1)),
-            D=mixer.D, dt_bias=mixer.dt_bias,
+            D=mixer.D, dt_bias=mixer.dt_bias, chunk=64,
         )  # fmt: skip
         eps = float(mixer.norm.variance_epsilon)
         normed = gated_rmsnorm(y.flatten(2), gate, mixer.norm.weight, mixer.n_groups, eps)
         return mixer.out_proj(normed)  # type: ignore[no-any-return]
 
     return step
+
+
+def _convolved(x: Tensor, conv: Any) -> Tensor:
+    """Return a causal convolution of each channel of `[B, T, C]`, as sums of shifted texts.
+
+    cuDNN's gradient of depthwise convolutions takes longer than the rest of a layer.
+    """
+    weight, tokens = conv.weight.to(x.dtype), x.shape[1]
+    padded = F.pad(x, (0, 0, weight.shape[-1] - 1, 0))
+    out: Tensor = padded[:, :tokens] * weight[:, 0, 0]
+    for i in range(1, weight.shape[-1]):
+        out = torch.addcmul(out, padded[:, i : i + tokens], weight[:, 0, i])
+    if conv.bias is not None:
+        out = out + conv.bias.to(x.dtype)
+    return out
 
 
 def states(model: CausalModel, ids: Tensor, reader: Reader, *, again: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from longspan.errors import UsageError
 _LABELS = {
     "found": "far attention mass in the chosen spans", "by_query": "the same, searched by the query itself",
     "exact": "answers that are right whole", "token": "answers' tokens that are right",
+    "searched": "the same where questions read what they find",
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Training the needle model from nothing, and folders that hold it.
 
-Attention is dense while it learns (short sequences fit any window whole); which regions to search is taught afterwards,
-with the weights frozen, as for any checkpoint (`train/convert.py`). The loss counts answers' tokens, and the text's a
-little. It does not know how sequences are made (`tasks.py`), or which sizes and lengths serve (`recipe.py`).
+Attention is dense while it learns, or dense within segments (`attending.py`), and once it finds anything, where
+superlinear has to search is learnt with it. The loss is that of answers, the text's a little, and that of searching.
+It does not know how sequences are made (`tasks.py`), or which sizes and lengths serve (`recipe.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.errors import ModelError
+from longspan.hf import routing as routes
+from longspan.hf.routing import Routing
 from longspan.hf.training import hidden_states, new_hybrid
 from longspan.train.data import Example
 from longspan.train.needle import tasks
-from longspan.train.needle.recipe import SIZES, Recipe
-from longspan.train.needle.tasks import Mix, Sequence_
-from longspan.train.readers import dense
+from longspan.train.needle.attending import SINKS, Attending
+from longspan.train.needle.batches import ANSWER, TEXT, Batches, answering, batched
+from longspan.train.needle.recipe import SIZES, Phase, Recipe
+from longspan.train.needle.tasks import Mix
 
-_MOST, _KEPT = 256, 16384
-"""Sequences of a step; tokens of a step up to which layers are kept for its backward pass."""
+_FEW = 64
+"""A step's answers count as if they were so many tokens more: a few are a poor sample, and must not move as much."""
+_TAUGHT = f"superlinear:sinks={SINKS}"
 
 
 class Learn:
@@ -39,7 +43,7 @@ class Learn:
         device: torch.device,
         *,
         start: Path | None = None,
-        compiled: bool = False,
+        workers: int = 0,
     ) -> None:
         """Make a model.
 
@@ -47,58 +51,92 @@ class Learn:
             recipe: how it is trained.
             haystack: real text.
             device: where; on a GPU products are in bfloat16, weights in float32.
-            start: a folder that `save` wrote, whose weights it begins with; None: random ones.
-            compiled: whether torch.compile makes its forward: faster on a GPU, after a minute for each length.
+            start: a folder that `save` wrote, whose weights and routing queries it begins with; None: random ones.
+            workers: processes that make batches ahead.
         """
-        self.recipe, self.haystack, self.device = recipe, haystack, device
+        self.recipe, self.device = recipe, device
+        size = SIZES[recipe.size]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.model: Any = new_hybrid(SIZES[recipe.size].fields()).to(device)
+            self.model: Any = new_hybrid(size.fields()).to(device)
+        source = torch.Generator().manual_seed(recipe.seed)
+        begun = routes.begin(size.layers.count("*"), size.heads * size.head_dim, recipe.rank, source)
         if start is not None:
-            _begin(self.model, start)
+            begun = _begin(self.model, start, begun)
+        self.routing = [Routing(*(x.detach().to(device).requires_grad_() for x in (r.down, r.up))) for r in begun]
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        for layer, each in enumerate(self.routing):
+            self.parameters |= {f"routing.{layer}.down": each.down, f"routing.{layer}.up": each.up}
         self.identity: dict[str, Any] = json.loads(
             json.dumps({"stage": "needle", **asdict(recipe), "text": len(haystack), "start": start and str(start)})
         )
-        self._forward = torch.compile(self._hidden) if compiled else self._hidden
+        self.batches = Batches(haystack, recipe.seed, recipe.batch, workers=workers)
 
     def loss(self, step: int, done: float) -> tuple[Tensor, dict[str, float], int]:
         """See `train.loop.Task`."""
-        phase = self.recipe.phase(done)
-        count = max(1, min(_MOST, self.recipe.batch // phase.length))
-        mix = Mix(text=phase.text, density=phase.density)
-        seeds = (self.recipe.seed << 32) % tasks.HELD_OUT + step * 4096
-        made = [tasks.make(seeds + i, phase.length, self.haystack, mix) for i in range(count)]
-        ids, weights = batched(made, phase.length, self.recipe.text_weight)
-        ids, weights = ids.to(self.device), weights.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.model.lm_head(self._forward(ids)).float()
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
+        phase, to = self.recipe.phase(done), self.device
+        made = self.batches.get(step, phase)
+        ids, marks = made.ids.to(to, non_blocking=True), made.marks.to(to, non_blocking=True)[:, 1:]
+        attending = self._attending(step, phase, made.rows.to(to, non_blocking=True))
+        with torch.autocast(to.type, torch.bfloat16, enabled=to.type == "cuda"):
+            logits = self.model.lm_head(hidden_states(self.model, ids, attending)).float()[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(marks.shape)
+        asked, text = marks == ANSWER, marks == TEXT
+        loss = (losses * asked).sum() / (asked.sum() + _FEW)
+        loss = loss + self.recipe.text_weight * (losses * text).sum() / text.sum().clamp(min=1)
+        if attending.losses:
+            loss = loss + phase.searching * torch.stack(attending.losses).mean()
+        else:  # nothing learns to search yet, which is a gradient of zero
+            loss = loss + 0.0 * sum(part.sum() for each in self.routing for part in (each.down, each.up))
         with torch.no_grad():
-            asked = weights == 1.0
-            right = (logits[:, :-1].argmax(-1) == ids[:, 1:]).flatten()[asked].float().mean()
-        row = {"length": float(phase.length), "token": float(right)}
-        return (losses * weights).sum() / weights.sum(), row, ids.numel()
+            right = ((logits.argmax(-1) == ids[:, 1:]) & asked).sum() / asked.sum().clamp(min=1)
+            told = torch.stack([right.float(), *attending.found]).tolist()
+        row = {"length": float(phase.length), "searched" if attending.sparse else "token": told[0]}
+        if attending.found:
+            row["found"] = sum(told[1:]) / len(told[1:])
+            row["best_layer"] = max(told[1:])
+        return loss, row, ids.numel()
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        scale = float(self.model.config.head_dim) ** -0.5
-        again = ids.numel() > _KEPT  # beyond, what layers keep for the backward pass would fill a GPU
-        return hidden_states(self.model, ids, lambda _, q, k, v: dense(q, k, v, scale, None), again=again)
+    def _attending(self, step: int, phase: Phase, rows: Tensor) -> Attending:
+        """Return how a step attends: segments, and how far apart anchors are, follow from its number."""
+        rng, split = random.Random(f"{self.recipe.seed} {step}"), phase.length - phase.asked
+        segment = rng.choice(phase.segments) if phase.segments else 0
+        near = int(min(64 * 32 ** rng.random(), phase.length / 8))
+        stretch = min(8 ** rng.random(), phase.length**0.5 / 8)
+        made = Attending(split, segment or split, float(self.model.config.head_dim) ** -0.5, near=near, stretch=stretch)
+        if phase.searching:
+            made.routing, made.rows, made.sparse = self.routing, rows, rng.random() < phase.sparse
+        return made
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write the model in bfloat16, with its tokenizer, as transformers reads it."""
+        """Write the model in bfloat16, with its tokenizer, as transformers reads it, and its routing queries beside it.
+
+        These are an adapter, in the folder `routed` of the folder.
+        """
+        from longspan.hf.adapter import Adapter
         from longspan.hf.byte_tokenizer import byte_tokenizer
+        from longspan.hf.loading import load
 
         self.model.config.longspan_training = about
         state = {name: p.detach().to(torch.bfloat16) for name, p in self.model.state_dict().items()}
         self.model.save_pretrained(folder, state_dict=state)
         byte_tokenizer(["<|start|>", "<|ask|>", "<|end|>"], end="<|end|>").save_pretrained(folder)
+        fingerprint = load(str(folder), device="cpu").fingerprint
+        Adapter(fingerprint, _TAUGHT, tuple(self.routing), about=about).save(folder / ROUTED)
 
 
-def _begin(model: Any, folder: Path) -> None:
-    """Give a model the weights of a folder (ModelError: it is of another size, or holds none)."""
+ROUTED = "routed"
+
+
+def _begin(model: Any, folder: Path, routing: list[Routing]) -> list[Routing]:
+    """Give a model the weights of a folder; return its routing queries, or those given where it has none.
+
+    Raises:
+        ModelError: the folder's model is of another size, or there is none.
+    """
     from safetensors import SafetensorError
+
+    from longspan.hf.adapter import CONFIG, read
 
     wrong = ModelError(f"{folder} holds no model of this recipe's size: name the folder model of its --out")
     if not (folder / "model.safetensors").is_file():
@@ -111,10 +149,16 @@ def _begin(model: Any, folder: Path) -> None:
         raise wrong from error
     if found["missing_keys"]:
         raise wrong
+    if not (folder / ROUTED / CONFIG).is_file():
+        return routing
+    kept = list(read(folder / ROUTED).routing or ())
+    if [each.up.shape for each in kept] != [each.up.shape for each in routing]:
+        raise wrong
+    return kept
 
 
 class Questions:
-    """Sequences as examples for routing queries (`train.data.Source`): rows that answer are looked at."""
+    """Sequences as examples for a mechanism (`train.data.Source`): rows that answer are looked at."""
 
     def __init__(self, haystack: bytes, mix: Mix) -> None:
         """Take real text and how sequences are made up."""
@@ -123,47 +167,7 @@ class Questions:
 
     def draw(self, seed: int, length: int, *, rows: int = 64, asked: float = 0.5) -> Example:
         """See `Texts.draw`; all are asked about."""
-        made = tasks.make(seed % tasks.HELD_OUT, length, self.haystack, self.mix)
-        ids, weights = batched([made], length, 0.1)
-        answering = (weights[0] == 1.0).nonzero().flatten() - 1
-        chosen = torch.randperm(answering.numel(), generator=torch.Generator().manual_seed(seed))[:rows]
-        return Example(ids[0], weights[0], answering[chosen].sort().values)
-
-
-def batched(made: list[Sequence_], length: int, text_weight: float) -> tuple[Tensor, Tensor]:
-    """Return ids and weights `[B, length]`; what is missing at the ends counts nothing."""
-    ids = torch.full((len(made), length), tasks.END, dtype=torch.int64)
-    weights = torch.zeros(len(made), length)
-    for row, sequence in enumerate(made):
-        count = min(length, len(sequence.tokens))
-        ids[row, :count] = torch.tensor(sequence.tokens[:count])
-        weights[row, 1:count] = text_weight
-        for asked in sequence.asked:
-            weights[row, asked.start : asked.start + len(asked.answer)] = 1.0
-    return ids, weights
-
-
-@torch.no_grad()
-def right(model: Any, sequences: list[Sequence_], attend: Any) -> list[tuple[str, float, bool]]:
-    """Return `(kind, depth, whether the whole answer is the likeliest)` of every question.
-
-    Args:
-        model: a `NemotronHForCausalLM`.
-        sequences: of seeds that training never sees (`tasks.HELD_OUT`).
-        attend: see `hf.training.Attend`.
-    """
-    found = []
-    for sequence in sequences:
-        ids = torch.tensor([sequence.tokens], device=model.device)
-        logits = model.lm_head(hidden_states(model, ids, attend))[0]
-        said = logits.argmax(-1).tolist()
-        for asked in sequence.asked:
-            told = tuple(said[asked.start - 1 : asked.start - 1 + len(asked.answer)])
-            found.append((asked.kind, asked.depth, told == asked.answer))
-    return found
-
-
-def held_out(count: int, length: int, haystack: bytes, mix: Mix, *, seed: int = 0) -> list[Sequence_]:
-    """Return sequences for evaluation."""
-    rng = random.Random(seed)
-    return [tasks.make(tasks.HELD_OUT + rng.getrandbits(38), length, haystack, mix) for _ in range(count)]
+        ids, marks = batched([tasks.make(seed % tasks.HELD_OUT, length, self.haystack, self.mix)], length)
+        weights = torch.tensor([0.0, 0.1, 1.0])[torch.from_numpy(marks[0]).long()]
+        looked = torch.from_numpy(answering(marks, rows)[0]).unique()
+        return Example(torch.from_numpy(ids[0]).long(), weights, looked)

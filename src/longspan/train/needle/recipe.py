@@ -28,21 +28,24 @@ class Size:
     head_dim: int
     state: int
     """Numbers of a channel's state in Mamba-2."""
+    mamba_dim: int = 32
+    """Channels of a head of Mamba-2."""
 
     def fields(self) -> dict[str, Any]:
         """Return the configuration's fields."""
         return {
             "vocab_size": VOCABULARY, "hidden_size": self.width, "layers_block_type": [_KINDS[k] for k in self.layers],
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "intermediate_size": 2 * self.width, "ssm_state_size": self.state, "mamba_num_heads": self.width // 16,
-            "mamba_head_dim": 32, "n_groups": 1, "expand": 2, "max_position_embeddings": 1 << 24,
-            "bos_token_id": START, "eos_token_id": END, "pad_token_id": END, "tie_word_embeddings": False,
+            "intermediate_size": 2 * self.width, "ssm_state_size": self.state, "n_groups": 1, "expand": 2,
+            "mamba_num_heads": 2 * self.width // self.mamba_dim, "mamba_head_dim": self.mamba_dim,
+            "max_position_embeddings": 1 << 24, "bos_token_id": START, "eos_token_id": END, "pad_token_id": END,
+            "tie_word_embeddings": False,
         }  # fmt: skip
 
 
 SIZES = {
     "small": Size("MM*M*", 128, 4, 2, 32, 32),  # 0.5M: a core learns recall with it in minutes
-    "needle": Size("MM*-MM*-M*", 320, 5, 1, 64, 64),  # about 5M: what one GPU trains
+    "needle": Size("MMM*-MM*-M*-", 256, 4, 2, 64, 64, 64),  # 4.2M: what one GPU trains
 }
 
 
@@ -53,10 +56,19 @@ class Phase:
     until: float
     length: int
     """Tokens of a sequence."""
-    text: float = 0.5
-    """Share of it that is text; the rest is questions."""
+    asked: int
+    """Tokens at its end that are for questions."""
     density: float = 1.0
     """See `tasks.Mix`."""
+    segments: Sequence[int] = ()
+    """Texts see only their own segment of so many tokens in some steps (`attending.py`), one of these at random; 0:
+    all. None are named: they see all in every step."""
+    rows: int = 32
+    """Tokens of a sequence that search."""
+    searching: float = 0.0
+    """How much learning where to search counts."""
+    sparse: float = 0.0
+    """Share of steps in which questions see only what they find."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,18 @@ class Recipe:
     """How a model is trained."""
 
     size: str = "small"
-    phases: Sequence[Phase] = (Phase(0.2, 64), Phase(0.45, 128), Phase(0.75, 256), Phase(1.0, 512))
+    phases: Sequence[Phase] = (
+        Phase(0.2, 64, 32),
+        Phase(0.45, 128, 64),
+        Phase(0.75, 256, 128),
+        Phase(1.0, 512, 256, searching=0.3),
+    )
     batch: int = 2048
     """Tokens of a step; a sequence longer than that is a step alone."""
     rates: Rates = field(default_factory=Rates)
-    text_weight: float = 0.1
+    rank: int = 32
+    """Of routing queries."""
+    text_weight: float = 0.2
     """How much predicting the text counts, beside the answers' 1."""
     begin: float = 0.0
     """Share of the phases that earlier runs have done: this one starts from their weights."""
@@ -96,18 +115,25 @@ RECIPES = {
     "needle": Recipe(
         "needle",
         (
-            Phase(0.05, 128), Phase(0.12, 512), Phase(0.25, 2048, 0.6, 0.5), Phase(0.45, 8192, 0.75, 0.2),
-            Phase(0.7, 32768, 0.9, 0.05), Phase(1.0, 65536, 0.95, 0.02),
+            Phase(0.01, 64, 32), Phase(0.05, 256, 128), Phase(0.12, 1024, 384, segments=(0, 128), searching=0.1),
+            Phase(0.35, 4096, 1024, segments=(0, 256, 1024), searching=0.3, sparse=0.2),
+            Phase(0.6, 16384, 1024, 0.5, (0, 256, 1024, 3072), searching=0.3, sparse=0.4),
+            Phase(1.0, 65536, 2048, 0.5, (0, 256, 1024, 2048), searching=0.3, sparse=0.4),
         ),
         batch=131072,
+        rank=64,
     ),
 }  # fmt: skip
-"""By name. `needle` has not been run: it is `small`'s, with lengths and batches for one H100 and half an hour."""
+"""By name. `needle` is for one H200 and nine minutes."""
 
 
 def shorter(recipe: Recipe, longest: int) -> Recipe:
     """Return a recipe whose sequences have at most `longest` tokens."""
-    return replace(recipe, phases=tuple(replace(p, length=min(p.length, longest)) for p in recipe.phases))
+    phases = tuple(
+        p if p.length <= longest else replace(p, length=longest, asked=min(p.asked, longest // 2), segments=())
+        for p in recipe.phases
+    )
+    return replace(recipe, phases=phases)
 
 
 def named(name: str, seed: int, begin: float = 0.0, end: float = 1.0) -> Recipe:

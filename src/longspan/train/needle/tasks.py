@@ -5,13 +5,14 @@ A fact is an assignment as settings files have them, ` nopek=4829; `; a question
 a layer that looks a few tokens back sees it (docs/training.md). Kinds of questions, all about facts of one text:
 
 - `key`: one name, one code, among all the other names (with one fact in the text: a needle);
-- `values`: a name with several codes, told in the text's order, `4829,1132`;
+- `values`: a name with several codes, told from the least to the greatest, `1132,4829`; their first digits differ, so
+  that which comes next can be told from what was said, without knowing which stood first in the text;
 - `chain`: `nopek=sulim;` and `sulim=7715;`, told link by link, `sulim=7715`;
 - `none`: a name that is not in the text, `none`.
 
-All questions stand behind the text, each about the text alone, so that one sequence teaches as many answers as fit and
-a question's answer is the same whatever was asked before. Everything follows from a seed: training and evaluation take
-theirs from ranges that share none (`HELD_OUT`). It does not know models.
+All questions stand behind the text, and none is asked twice: an answer could be copied from the earlier one, a few
+tokens back. One sequence so teaches as many answers as there are facts. Everything follows from a seed: training and
+evaluation take theirs from ranges that share none (`HELD_OUT`). It does not know models.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ HELD_OUT = 1 << 40
 """Seeds from here on are for evaluation alone."""
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 _MOST_VALUES, _MOST_LINKS = 3, 2
+_FACT, _QUESTION = 16, 12
+"""Tokens of a short fact, and of its question with the answer."""
 
 
 @dataclass(frozen=True)
 class Mix:
     """How a sequence is made up."""
 
-    text: float = 0.5
-    """Share of the sequence that is text with facts; the rest is questions."""
+    asked: int = 128
+    """Tokens at the end of a sequence that are for questions; before them stands text with facts."""
     density: float = 1.0
     """Most facts, as a share of what the text would hold were it facts alone."""
     kinds: Sequence[str] = KINDS
@@ -82,16 +85,29 @@ def make(seed: int, length: int, haystack: bytes, mix: Mix, *, questions: int | 
         length: tokens; where `questions` is given, of the text alone.
         haystack: text to hide facts in.
         mix: how.
-        questions: how many; None: as many as fit.
+        questions: how many; None: as many as fit. Where they are more than the facts, these are asked about again.
     """
     rng = random.Random(seed)
-    room = length if questions is not None else int(length * mix.text)
-    facts, names = _facts(rng, room, mix)
-    text, places = _hidden(rng, room, haystack, facts)
+    room = length if questions is not None else length - mix.asked
+    most = max(1, min(mix.most_facts, int((room - 1) * mix.density / _FACT)))
+    if questions is None:
+        most = min(most, max(1, mix.asked // _QUESTION))
+    facts, names = _facts(rng, room - 1, most, mix)
+    text, places = _hidden(rng, room - 1, haystack, facts)
     tokens = [START, *text]
     asked: list[Asked] = []
+    order = rng.sample(facts, len(facts))
     while questions is None or len(asked) < questions:
-        kind, name, answer, depth = _question(rng, facts, names, places, room, mix)
+        if "none" in mix.kinds and rng.random() < 1 / (2 * len(mix.kinds)):
+            kind, name, answer, depth = "none", _new(rng, names), "none", -1.0
+        elif order:
+            fact = order.pop()
+            kind, name, answer, depth = fact.kind, fact.name, fact.answer, places[fact.name]
+        elif questions is None:
+            break
+        else:
+            order = rng.sample(facts, len(facts))
+            continue
         before = [ASK, *f"{name}=".encode()]
         told = (*answer.encode(), END)
         if questions is None and len(tokens) + len(before) + len(told) > length:
@@ -107,29 +123,30 @@ def name_of(rng: random.Random) -> str:
     return "".join(rng.choice(_VOWELS if i % 2 else _CONSONANTS) for i in range(5))
 
 
-def _facts(rng: random.Random, room: int, mix: Mix) -> tuple[list[_Fact], set[str]]:
-    """Draw facts: any number up to what there is room for, as often few as many."""
-    most = max(1, min(mix.most_facts, int(room * mix.density / 16)))
+def _new(rng: random.Random, names: set[str]) -> str:
+    """Return a name that is not among these, and add it to them."""
+    while (name := name_of(rng)) in names:
+        pass
+    names.add(name)
+    return name
+
+
+def _facts(rng: random.Random, room: int, most: int, mix: Mix) -> tuple[list[_Fact], set[str]]:
+    """Draw facts: `most`, or any smaller number, as often few as many."""
     count = round(most ** rng.random()) if rng.random() < 0.5 else most
     kinds = [kind for kind in mix.kinds if kind != "none"]
     names: set[str] = set()
-
-    def new() -> str:
-        while (name := name_of(rng)) in names:
-            pass
-        names.add(name)
-        return name
-
     facts: list[_Fact] = []
     used = 0
     while len(facts) < count:
-        kind, name = rng.choice(kinds), new()
+        kind, name = rng.choice(kinds), _new(rng, names)
         if kind == "values":
-            codes = [_code(rng) for _ in range(rng.randint(2, _MOST_VALUES))]
-            sentences = tuple(_sentence(name, code) for code in codes)
+            firsts = sorted(rng.sample(range(10), rng.randint(2, _MOST_VALUES)))
+            codes = [f"{first}{rng.randrange(1000):03d}" for first in firsts]
+            sentences = tuple(_sentence(name, code) for code in rng.sample(codes, len(codes)))
             answer = ",".join(codes)
         elif kind == "chain":
-            links = [name, *(new() for _ in range(rng.randint(1, _MOST_LINKS)))]
+            links = [name, *(_new(rng, names) for _ in range(rng.randint(1, _MOST_LINKS)))]
             code = _code(rng)
             sentences = tuple(_sentence(a, b) for a, b in itertools.pairwise(links))
             sentences += (_sentence(links[-1], code),)
@@ -162,17 +179,6 @@ def _hidden(rng: random.Random, room: int, haystack: bytes, facts: list[_Fact]) 
         text += sentence.encode()
         before = cut
     return bytes(text + hay[before:]), places
-
-
-def _question(
-    rng: random.Random, facts: list[_Fact], names: set[str], places: dict[str, float], room: int, mix: Mix
-) -> tuple[str, str, str, float]:
-    if "none" in mix.kinds and rng.random() < 1 / (2 * len(mix.kinds)):
-        while (name := name_of(rng)) in names:
-            pass
-        return "none", name, "none", -1.0
-    fact = rng.choice(facts)
-    return fact.kind, fact.name, fact.answer, places[fact.name]
 
 
 def _sentence(name: str, told: str) -> str:
