@@ -27,6 +27,12 @@ def words(tokens):
     return "".join(chr(t) if t < 256 else f"<{t}>" for t in tokens)
 
 
+def named_in(made, asked):
+    """Return the name that a question asks for, and what stands behind it."""
+    question = words(made.tokens[: asked.start]).rpartition(f"<{tasks.ASK}>")[2]
+    return question[:5], question[5:]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_every_answer_follows_from_the_text(seed):
     made = tasks.make(seed, 600, HAY, tasks.Mix())
@@ -35,8 +41,9 @@ def test_every_answer_follows_from_the_text(seed):
     for asked in made.asked:
         answer, end = words(asked.answer[:-1]), asked.answer[-1]
         assert end == tasks.END and tuple(made.tokens[asked.start : asked.start + len(asked.answer)]) == asked.answer
-        name = words(made.tokens[asked.start - 6 : asked.start - 1])
-        told = [part.split(";")[0] for part in text.split(f" {name}=")[1:]]
+        name, sign = named_in(made, asked)
+        told = [part.split(";")[0] for part in text.split(f" {name}{sign}")[1:]]
+        assert (sign == "+=") == (asked.kind == "values")
         if asked.kind == "none":
             assert answer == "none" and not told
         elif asked.kind == "chain":
@@ -57,7 +64,7 @@ def test_sequences_follow_from_their_seeds():
 def test_nothing_is_asked_twice():
     for seed in range(6):
         made = tasks.make(seed, 2000, HAY, tasks.Mix(asked=1000, density=0.1))
-        names = [words(made.tokens[asked.start - 6 : asked.start - 1]) for asked in made.asked]
+        names = [named_in(made, asked)[0] for asked in made.asked]
         assert made.text == 1000 and len(set(names)) == len(names) > 0
 
 

@@ -5,8 +5,9 @@ A fact is an assignment as settings files have them, ` nopek=4829; `; a question
 a layer that looks a few tokens back sees it (docs/training.md). Kinds of questions, all about facts of one text:
 
 - `key`: one name, one code, among all the other names (with one fact in the text: a needle);
-- `values`: a name with several codes, told from the least to the greatest, `1132,4829`; their first digits differ, so
-  that which comes next can be told from what was said, without knowing which stood first in the text;
+- `values`: a name with several codes, ` nopek+=4829; ` each, asked by `nopek+=` and told from the least to the greatest,
+  `1132,4829`; their first digits differ, so that which comes next can be told from what was said, without knowing which
+  stood first in the text;
 - `chain`: `nopek=sulim;` and `sulim=7715;`, told link by link, `sulim=7715`;
 - `none`: a name that is not in the text, `none`.
 
@@ -108,7 +109,7 @@ def make(seed: int, length: int, haystack: bytes, mix: Mix, *, questions: int | 
         else:
             order = rng.sample(facts, len(facts))
             continue
-        before = [ASK, *f"{name}=".encode()]
+        before = [ASK, *f"{name}{'+' * (kind == 'values')}=".encode()]
         told = (*answer.encode(), END)
         if questions is None and len(tokens) + len(before) + len(told) > length:
             break
@@ -143,7 +144,7 @@ def _facts(rng: random.Random, room: int, most: int, mix: Mix) -> tuple[list[_Fa
         if kind == "values":
             firsts = sorted(rng.sample(range(10), rng.randint(2, _MOST_VALUES)))
             codes = [f"{first}{rng.randrange(1000):03d}" for first in firsts]
-            sentences = tuple(_sentence(name, code) for code in rng.sample(codes, len(codes)))
+            sentences = tuple(_sentence(f"{name}+", code) for code in rng.sample(codes, len(codes)))
             answer = ",".join(codes)
         elif kind == "chain":
             links = [name, *(_new(rng, names) for _ in range(rng.randint(1, _MOST_LINKS)))]
