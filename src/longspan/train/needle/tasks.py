@@ -5,9 +5,9 @@ A fact is an assignment as settings files have them, ` nopek=4829; `; a question
 a layer that looks a few tokens back sees it (docs/training.md). Kinds of questions, all about facts of one text:
 
 - `key`: one name, one code, among all the other names (with one fact in the text: a needle);
-- `values`: a name with several codes, ` nopek+=4829; ` each, asked by `nopek+=` and told from the least to the greatest,
-  `1132,4829`; their first digits differ, so that which comes next can be told from what was said, without knowing which
-  stood first in the text;
+- `values`: a name with several codes, ` nopek+=4829; ` each, asked by `nopek+=` and told from the least to the
+  greatest, `1132,4829`; their first digits differ, so that which comes next can be told from what was said, without
+  knowing which stood first in the text;
 - `chain`: `nopek=sulim;` and `sulim=7715;`, told link by link, `sulim=7715`;
 - `none`: a name that is not in the text, `none`.
 
