@@ -57,12 +57,17 @@ class Prompted:
         """Have these heads' queries noted from now on, for `mass`; None: nobody asks."""
         self.context.noted = None if heads is None else Noted([layer for layer, _ in heads.heads])
 
-    def mass(self, heads: RetrievalHeads | None) -> Tensor | None:
-        """Return the attention mass of every token as what follows the prompt was written (`sources.mass`)."""
-        if heads is None or self.context.noted is None:
+    def mass(self, heads: RetrievalHeads | None, written_on: KVContext | None = None) -> Tensor | None:
+        """Return the attention mass of every token as what follows the prompt was written (`sources.mass`).
+
+        Args:
+            heads: that were noted; None: nobody asked.
+            written_on: a fork of the context, where that is what an answer was written on.
+        """
+        context = self.context if written_on is None else written_on
+        if heads is None or context.noted is None:
             return None
-        count = self.context.length - self.before - len(self.tokens) + 1
-        return sources.mass(self.context, self.context.noted, heads, count)
+        return sources.mass(context, context.noted, heads, context.length - self.before - len(self.tokens) + 1)
 
     def room(self, wanted: int) -> tuple[int, list[str]]:
         """Return how many tokens an answer of `wanted` may have, before the prompt is read, and what to say of it."""

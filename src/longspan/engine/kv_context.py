@@ -49,6 +49,7 @@ class KVContext(KVSteps):
         other = copy.copy(self)
         other.tokens, other.budget, other.layers, other._stepper = list(self.tokens), budget, [], None
         other.recurrence = self.recurrence.fork(budget)
+        other.noted = None if self.noted is None else self.noted.fork()
         try:
             for kv in self.layers:
                 other.layers.append(kv.fork(budget))

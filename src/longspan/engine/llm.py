@@ -11,14 +11,16 @@ It does not know the command line, HTTP, or how pages and mechanisms work.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from longspan.attention.retrieval import Retrieval
 from longspan.engine import answering, prompts, quoting, rereading, sources
 from longspan.engine.choosing import Chosen
 from longspan.engine.contexts import Context
-from longspan.engine.generation import Answer, Generation, Stats, decode
+from longspan.engine.generation import Answer, Citation, Generation, Stats, decode
 from longspan.engine.kv_context import KVContext
 from longspan.engine.making import Progress, context_mechanism
 from longspan.engine.reading import Reads
@@ -137,7 +139,9 @@ class LLM(Reads):
         stats = answer.stats
         room, note = prompted.room(params.max_tokens)
         answer.notes += note
-        heads = None if session is None else self._asks(prompted.context, answer)
+        heads: RetrievalHeads | None = None
+        if session is not None:
+            heads, answer.unsourced = self.source_heads(prompted.context)
         with prompted as context:
             prompted.note(heads)
             since = time.perf_counter()
@@ -147,16 +151,39 @@ class LLM(Reads):
             yield from decode(self.model, logits, context.step, params, answer, started, room)
             mass = prompted.mass(heads) if stats.decoded_tokens else None
         if mass is not None and session is not None and chosen is not None:
-            sources.name(answer, session, mass, prompted.tokens, self._chooser, chosen)
+            answer.citations, answer.unsourced = self.named(answer.citations, session, mass, prompted, chosen)
 
-    def _asks(self, context: KVContext, answer: Answer) -> RetrievalHeads | None:
-        """Return the heads whose attention names an answer's sources; None: none does, and the answer says why."""
+    def source_heads(self, context: KVContext) -> tuple[RetrievalHeads | None, str]:
+        """Return the heads whose attention names the sources of an answer that is written on a context.
+
+        None where nobody asks or none does; behind it why, where it could have been told.
+        """
         if not self.sources:
-            return None
-        heads, answer.unsourced = None, context.untold
-        if not answer.unsourced and (heads := self.heads_or_none()) is None:
-            answer.unsourced = f"no retrieval heads are known of {self.model.name}"
-        return heads
+            return None, ""
+        if context.untold:
+            return None, context.untold
+        heads = self.heads_or_none()
+        return heads, "" if heads is not None else f"no retrieval heads are known of {self.model.name}"
+
+    def named(
+        self,
+        citations: Sequence[Citation],
+        session: Session,
+        mass: Tensor,
+        prompted: answering.Prompted,
+        chosen: Chosen,
+    ) -> tuple[list[Citation], str]:
+        """Return an answer's citations, the sentences that it was read from first, and why none is (`sources.named`).
+
+        Args:
+            citations: of what was chosen for the question.
+            session: that the answer is about.
+            mass: from `prompted`, taken before that is left.
+            prompted: what the answer was written after.
+            chosen: for the question.
+        """
+        again = bool(prompted.read_again)
+        return sources.named(citations, session, mass, prompted.tokens, self._chooser, chosen, read_again=again)
 
     def _quotes(self, context: Context) -> bool:
         """Return whether the text is quoted after an answer that does not rest on it."""

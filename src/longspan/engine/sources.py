@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention import masses
-from longspan.engine.generation import Answer, Citation
+from longspan.engine.generation import Citation
 from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
 from longspan.retrieval import sentences
@@ -68,6 +68,13 @@ class Noted:
         """Note a layer's unrotated queries `[1, Hq, T, D]`; `scale` is what scores are multiplied by."""
         self.scales[layer] = scale
         self._queries[layer].append(q)
+
+    def fork(self) -> Noted:
+        """Return what goes on from here by itself: another answer after the same prompt."""
+        other = Noted(self.layers)
+        other.scales = dict(self.scales)
+        other._queries = {layer: list(queries) for layer, queries in self._queries.items()}
+        return other
 
     def after(self, steps: Stepper) -> None:
         """Note what a step of one shape had noted."""
@@ -173,36 +180,42 @@ def standing_out(found: Sequence[Sentence]) -> list[Sentence]:
     return alike if len(alike) <= MOST else []
 
 
-def name(
-    answer: Answer, session: Session, mass: Tensor, prompt: Sequence[int], chooser: Chooser, chosen: Chosen
-) -> None:
-    """Put the sentences that an answer was read from before its other citations, or say that none stands out.
+def named(
+    others: Sequence[Citation],
+    session: Session,
+    mass: Tensor,
+    prompt: Sequence[int],
+    chooser: Chooser,
+    chosen: Chosen,
+    *,
+    read_again: bool,
+) -> tuple[list[Citation], str]:
+    """Return the sentences that an answer was read from before its other citations, and why none stands out.
 
     Passages that were chosen for the question follow whole, and may hold such a sentence.
 
     Args:
-        answer: as it was written.
-        session: that it is about.
+        others: citations of what was chosen for the question.
+        session: that the answer is about.
         mass: of every token of the context that it was written on, from `mass`.
         prompt: what was read for it, after the documents or, where they were read again, alone.
         chooser: ranks sentences.
         chosen: for the question.
+        read_again: whether the prompt repeats what was chosen.
     """
-    others = answer.citations
-    if answer.read_again:
+    if read_again:
         found = in_prompt(mass, chooser.model, prompt, session, chosen.sentences)
     else:
         found = in_documents(mass, session, chooser)
         others = [replace(each, mass=round(_mass_of(each, session, mass), 4)) for each in others]
-    named = standing_out(found)
-    if not named:
-        answer.unsourced = "no sentence stands out in what the answer was read from"
+    sentences_named = standing_out(found)
     cited: list[Citation] = []
-    for each in _cited(session, named):  # a page may begin within a sentence that the page before it ends in
+    for each in _cited(session, sentences_named):  # a page may begin within a sentence that the page before ends in
         if not any(each.doc == told.doc and each.start < told.end and told.start < each.end for told in cited):
             cited.append(each)
     same = {(each.doc, each.start, each.end) for each in cited}
-    answer.citations = [*cited, *(each for each in others if (each.doc, each.start, each.end) not in same)]
+    cited += (each for each in others if (each.doc, each.start, each.end) not in same)
+    return cited, "" if sentences_named else "no sentence stands out in what the answer was read from"
 
 
 def _mass_of(cited: Citation, session: Session, mass: Tensor) -> float:

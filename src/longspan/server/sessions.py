@@ -258,6 +258,7 @@ class _Answer:
             "model": self.serving.name,
             "answer": self.text,
             "citations": wording.citations_of(self.done.citations),
+            "unsourced": self.done.unsourced,
             "notes": list(self.done.notes),
             "finish_reason": self.done.finish_reason,
             "usage": wording.usage_of([self.done.usage]),

@@ -80,6 +80,8 @@ class Done:
     """The stop string that ended it."""
     notes: tuple[str, ...] = field(default=())
     """What a person should know."""
+    unsourced: str = ""
+    """Why attention names no sentence that the answer was read from; empty: it does, or nobody asked."""
 
 
 Event = Progress | PromptRead | Delta | Done

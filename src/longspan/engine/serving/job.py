@@ -27,6 +27,7 @@ from longspan.engine.serving.metrics import Metrics
 from longspan.engine.serving.prepared import Prepared, prompt_of, question_of
 from longspan.engine.serving.requests import Request
 from longspan.errors import ContextTooLongError, LongspanError, UsageError
+from longspan.retrieval.heads import RetrievalHeads
 from longspan.sessions.session import Session, Turn
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class Job:
         self._prompted: Prompted | None = None
         self._keep: KVContext | None = None
         self._citations: tuple[Citation, ...] = ()
+        self._chosen: Chosen | None = None
+        self._heads: RetrievalHeads | None = None
+        self._unsourced = ""
         self._notes: tuple[str, ...] = ()
         self._question = ""
         self._read = self._cached = 0
@@ -153,6 +157,9 @@ class Job:
             )
         self._prompted, self._notes = prompted, tuple(notes)
         context = prompted.__enter__()
+        if self._chosen is not None:
+            self._heads, self._unsourced = llm.source_heads(context)
+            prompted.note(self._heads)
         if self._keep is not None:
             self._cached = prompted.remembered
         first: Tensor | None = None
@@ -193,7 +200,8 @@ class Job:
                 chosen = llm.choose(self._question, session)
             else:
                 chosen = Chosen([], [], [])
-            self._citations = tuple(chosen.citations) if request.citations else ()
+            if request.citations:
+                self._citations, self._chosen = tuple(chosen.citations), chosen
             return answering.about_documents(model, session, chosen, self._question, turns)
         tokens = self.prepared.prompt or prompt_of(model, request)
         mechanism = llm.without_documents()
@@ -243,13 +251,19 @@ class Job:
         if piece is not None:
             self._metrics.written_tokens += 1
             self.handle.put(Delta(choice.index, piece, (token,), logprobs))
-        if choice.reason is not None:
-            rest = choice.finish()
-            if rest:
-                self.handle.put(Delta(choice.index, rest))
-            self._done(choice)
 
-    def _done(self, choice: Choice) -> None:
+    def ended(self, llm: LLM, choice: Choice) -> None:
+        """Tell that an answer has ended, and what it rests on; its context holds by now all that it has read."""
+        rest = choice.finish()
+        if rest:
+            self.handle.put(Delta(choice.index, rest))
+        citations, unsourced = self._citations, self._unsourced
+        prompted, chosen = self._prompted, self._chosen
+        if choice.tokens and prompted is not None and chosen is not None:
+            mass = prompted.mass(self._heads, choice.context)
+            if mass is not None:
+                named, unsourced = llm.named(citations, self._session, mass, prompted, chosen)
+                citations = tuple(named)
         reason = choice.reason or "cancelled"
         self._count(reason)
         self._open.discard(choice.index)
@@ -257,7 +271,7 @@ class Job:
             self._session.turns.append(Turn(self._question, choice.text.strip()))
             self.changed_session = True
         usage = Usage(self._read, self._cached, len(choice.tokens), self._first)
-        self.handle.put(Done(choice.index, reason, usage, self._citations, choice.stopped_by, self._notes))
+        self.handle.put(Done(choice.index, reason, usage, citations, choice.stopped_by, self._notes, unsourced))
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

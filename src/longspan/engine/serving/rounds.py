@@ -168,9 +168,13 @@ class Rounds:
                 self._end(job)
                 return
             self.writing.append(job)
-            for choice in job.choices:
-                if choice.reason is not None:
-                    self._left(job, choice)
+            try:
+                for choice in job.choices:
+                    if choice.reason is not None:
+                        self._choice_ended(job, choice)
+            except Exception as error:
+                self._end(job, error)
+                return
             self._ended_if_all(job)
             return
         self.metrics.read_tokens += count
@@ -207,20 +211,24 @@ class Rounds:
                     job.write(choice, greedy[at])
                 else:
                     job.write(choice, *choice.draw(logits[at]))
+                if choice.reason is not None:
+                    self._choice_ended(job, choice)
             except Exception as error:
                 self._end(job, error)
                 continue
             self.queue.serve(job.key, WRITTEN)
             self.metrics.between_tokens.observe(now - job.last)
-            if choice.reason is not None:
-                self._left(job, choice)
         for job in list(self.writing):
             job.last = now
             self._ended_if_all(job)
         self.metrics.steps += 1
         self._pace.stepped(time.perf_counter() - started)
 
-    def _left(self, job: Job, choice: Choice) -> None:
+    def _choice_ended(self, job: Job, choice: Choice) -> None:
+        self._left(choice)
+        job.ended(self.llm, choice)
+
+    def _left(self, choice: Choice) -> None:
         """Have an answer's context hold what it has read, once it has ended."""
         with suppress(PoolExhaustedError):  # what is not held need not be taken back
             self._batch.leave(choice.context)
@@ -249,7 +257,7 @@ class Rounds:
                 jobs.remove(job)
         try:
             for choice in job.choices:
-                self._left(job, choice)
+                self._left(choice)
             job.close(self.held.cached)
         except Exception as wrong:
             error = error or wrong

@@ -135,6 +135,7 @@ class Step:
         self._at = torch.tensor(lengths)
         self._tail_at = torch.tensor([len(tokens) for tokens in stack.pending])
         self._slots = torch.arange(count)
+        self._noted = [(slot, each.noted) for slot, each in enumerate(stack.contexts) if each.noted is not None]
         self._stop = max(lengths) + 1
         dtype = stack.model.dtype
         # In half types that the CPU does not multiply, sums of rounded products would be no better than rounded.
@@ -148,6 +149,9 @@ class Step:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Take `[slots, H, 1, D]` of a layer, and return what the queries read; see `hf.attention.Reader`."""
         stack, rotary = self._stack, self._stack.model.rotary
+        for slot, noted in self._noted:
+            if layer in noted.layers:
+                noted.add(layer, q[slot : slot + 1].clone(), scale)  # a view would keep all slots' alive
         heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
         turned = torch.cat([q, k], 1)
         if rotary is not None and self._angles is not None:
