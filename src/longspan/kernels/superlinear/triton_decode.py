@@ -1,10 +1,11 @@
-"""One decode step of superlinear attention as three Triton kernels, for sequences of different lengths.
+"""One decode step of superlinear attention as two or three Triton kernels, for sequences of different lengths.
 
 1. `search_newest_kernel`: the best anchors in every block of anchors.
 2. `parts_kernel`: a program finds the best anchors of its query head over all blocks, and attends to a piece of one
    span; other programs attend, for all heads of a KV head, to a piece of what is near (sinks and window). Each writes
    an output and its log-sum-exp.
-3. `merge_kernel`: one softmax over all pieces, or the gate of the spans.
+3. `merge_kernel`: one softmax over all pieces, or the gate of the spans. Or no kernel: of the programs that write a
+   head's pieces the last to finish merges them (`Cut.last`). Each counts itself once its piece is written; none waits.
 
 Splitting spans over programs is what keeps every channel of the memory busy (split-K, as flash-decoding does).
 No step waits for the host: how many programs run depends on what the page tables could hold, and those that find
@@ -29,11 +30,13 @@ from longspan.kernels.tiles import hopper, processors
 
 _LOG2E = 1.4426950408889634
 _NEVER = 2**31 - 1
+_MERGED = 64 * 128
+"""Numbers that one program merges at once: 64 of each thread's registers, fewer than a piece of a span takes."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a decode step is cut into programs."""
+    """How a decode step is cut into programs and launches."""
 
     split: int
     """Keys of a span that one program reads."""
@@ -41,6 +44,18 @@ class Cut:
     """Keys that a program reads at once."""
     anchors: int = 32
     """Anchors that a program scores."""
+    rest: int = 0
+    """Keys over whole pieces that the last piece of a span reads as well: no program of their own."""
+    stages: int = 1
+    """Blocks of keys of a piece that are on their way at once."""
+    last: bool = False
+    """Whether the last program of a head merges its pieces, where they are few; else a kernel does."""
+    chained: bool = False
+    """Whether the search starts early, too, and waits for all that came before (where kernels start early at all)."""
+
+    def pieces(self, longest: int) -> int:
+        """Return into how many pieces the longest span is cut."""
+        return max(1, triton.cdiv(longest - self.rest, self.split))
 
 
 def cut_for(dtype: torch.dtype, kind: int, dim: int, longest: int, rows: int = 0, slots: int = 396) -> Cut:
@@ -185,7 +200,7 @@ def _span_piece(
     s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
     p_freq, i_head, start, end, position, scale,
     ROTARY: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr, B_N: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr,
+    STAGES: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Attend with one query head to the keys `start .. end - 1`."""
     o_d, o_dv = tl.arange(0, B_D), tl.arange(0, B_DV)
@@ -193,7 +208,7 @@ def _span_piece(
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     b_o = tl.zeros([B_DV], tl.float32)
-    for begin in tl.range(start, end, B_N):
+    for begin in tl.range(start, end, B_N, num_stages=STAGES):
         o_n = begin + tl.arange(0, B_N)
         m_n = o_n < end
         b_k = load_rows(
@@ -217,100 +232,14 @@ def _span_piece(
 
 
 @triton.jit
-def parts_kernel(
-    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
-    p_lengths, p_best, p_anchor, p_freq, p_out, p_lse, p_score,
-    s_q_sequence, s_q_head,
-    s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
-    s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
-    candidates, window, sinks, trained, scale,
-    ROTARY: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
-    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
-    NEAR: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, B_N: tl.constexpr, B_C: tl.constexpr,
-    SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-    SHARED: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Attend to one piece: outputs `[B, Hq, NEAR + SPANS * PIECES, Dv]`, log-sum-exps in base 2, search scores."""
-    if EARLY:
-        gdc_launch_dependents()
-    i_part, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_lengths + i_sequence).to(tl.int32)
-    kv_heads: tl.constexpr = HEADS // G
-    parts: tl.constexpr = NEAR + SPANS * PIECES
-    p_q += i_sequence * s_q_sequence
-    p_k += i_sequence * s_k_sequence
-    p_k_table += i_sequence * s_k_table
-    p_v += i_sequence * s_v_sequence
-    p_v_table += i_sequence * s_v_table
-    p_out += i_sequence * HEADS * parts * DV
-    p_lse += i_sequence * HEADS * parts
-    if i_part < NEAR * kv_heads:
-        o_n, m_n, position = _near_keys(n, i_part // kv_heads, window, sinks, trained, B_N)
-        _group_piece(
-            p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
-            s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-            p_freq, (i_part % kv_heads).to(tl.int64), i_part // kv_heads, o_n, m_n, position, scale,
-            ROTARY, G, B_G, D, B_D, DV, B_DV, parts, K_KIND, V_KIND, SHIFT, PRECISION,
-        )  # fmt: skip
-    elif SPANS > 0:
-        # Who chooses spans: query heads, or KV heads for their group, of which the first head then stands for all.
-        choosers: tl.constexpr = kv_heads if SHARED else HEADS
-        each: tl.constexpr = HEADS // choosers
-        i_rest = i_part - NEAR * kv_heads
-        i_piece, i_row = i_rest // (choosers * SPANS), i_rest % (choosers * SPANS)
-        mine, head = i_row % SPANS, (i_row // SPANS * each).to(tl.int64)
-        row = i_sequence * HEADS + head
-        if EARLY:
-            gdc_wait()  # for the search; what is near does not need it
-        score, start, hi = _span_of(
-            p_best + row * candidates, p_anchor + row * candidates, n, candidates, mine, window, sinks,
-            B_C, SPANS, BACKWARD, FORWARD, SPAN_POWER, JOINT,
-        )  # fmt: skip
-        o_e = tl.arange(0, B_G)  # the heads that it chose for
-        if i_piece == 0:
-            tl.store(p_score + (row + o_e) * SPANS + mine, tl.zeros([B_G], tl.float32) + score, mask=o_e < each)
-        start += i_piece * SPLIT
-        i_span = NEAR + mine * PIECES + i_piece
-        position = tl.where(n > trained, window + hi, n - 1)
-        if start > hi:
-            nothing = tl.full([B_G], float("-inf"), tl.float32)
-            tl.store(p_lse + (head + o_e) * parts + i_span, nothing, mask=o_e < each)
-        elif SHARED:
-            o_n = start + tl.arange(0, B_N)
-            _group_piece(
-                p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
-                s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                p_freq, head // G, i_span, o_n, o_n <= hi, position, scale,
-                ROTARY, G, B_G, D, B_D, DV, B_DV, parts, K_KIND, V_KIND, SHIFT, PRECISION,
-            )  # fmt: skip
-        else:
-            part = head * parts + i_span
-            _span_piece(
-                p_q + head * s_q_head, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
-                p_out + part * DV, p_lse + part,
-                s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
-                p_freq, head // G, start, tl.minimum(start + SPLIT, hi + 1), position, scale,
-                ROTARY, D, B_D, DV, B_DV, B_N, K_KIND, V_KIND, SHIFT,
-            )  # fmt: skip
-
-
-@triton.jit
-def merge_kernel(
-    p_parts, p_lse, p_score, p_out, s_out_sequence, s_out_head,
+def _merged(
+    p_parts, p_lse, p_score, o_dv,
     NEAR: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr, JOINT: tl.constexpr,
     DV: tl.constexpr, B_DV: tl.constexpr, B_P: tl.constexpr, B_CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Merge the pieces of one query head, B_DV channels a program."""
-    if EARLY:
-        gdc_wait()
-    i_head, i_channels, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Return the channels o_dv `[B_DV]` of what the pieces of one query head give together."""
     parts: tl.constexpr = NEAR + SPANS * PIECES
-    row = i_sequence * tl.num_programs(0) + i_head
-    p_lse += row * parts
-    p_parts += row * parts * DV
-    o_p, o_dv = tl.arange(0, B_P), i_channels * B_DV + tl.arange(0, B_DV)
+    o_p = tl.arange(0, B_P)
     b_l = tl.load(p_lse + o_p, mask=o_p < parts, other=float("-inf"))
     top = tl.max(b_l, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -322,11 +251,11 @@ def merge_kernel(
         near = tl.sum(tl.where(o_p < NEAR, b_w, 0.0), 0)
         best = tl.full([], float("-inf"), tl.float32)
         for j in tl.static_range(SPANS):
-            best = tl.maximum(best, tl.load(p_score + row * SPANS + j))
+            best = tl.maximum(best, tl.load(p_score + j))
         if best > float("-inf"):
             gates, shared = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
             for j in tl.static_range(SPANS):
-                gate = tl.exp(tl.load(p_score + row * SPANS + j) - best)
+                gate = tl.exp(tl.load(p_score + j) - best)
                 inside = (o_p >= NEAR + j * PIECES) & (o_p < NEAR + (j + 1) * PIECES)
                 part = gate / (near + tl.sum(tl.where(inside, b_w, 0.0), 0))
                 b_factor = tl.where(inside, part, b_factor)
@@ -348,6 +277,155 @@ def merge_kernel(
             p = p_parts + (start + o_c)[:, None] * DV + o_dv[None, :]
             b_x = tl.load(p, mask=((start + o_c < parts) & (b_c != 0.0))[:, None] & (o_dv < DV)[None, :], other=0.0)
             b_o += tl.sum(b_c[:, None] * b_x, 0)
+    return b_o
+
+
+@triton.jit
+def _merge_if_last(
+    p_written, p_parts, p_lse, p_score, p_out, s_out_head,
+    head, EACH: tl.constexpr, B_E: tl.constexpr,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr, JOINT: tl.constexpr,
+    DV: tl.constexpr, B_DV: tl.constexpr, B_P: tl.constexpr,
+):  # fmt: skip
+    """Count a piece of the EACH query heads from `head` on as written, and merge those heads whose last it was.
+
+    All of this program's stores come before its count (the barrier, and release), all of the others' before the merge
+    that reads them (acquire, and the barrier).
+    """
+    parts: tl.constexpr = NEAR + SPANS * PIECES
+    o_e, o_dv = tl.arange(0, B_E), tl.arange(0, B_DV)
+    tl.debug_barrier()
+    b_before = tl.atomic_add(p_written + head + o_e, 1, mask=o_e < EACH, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    for e in range(EACH):
+        if tl.sum(tl.where(o_e == e, b_before, 0), 0) == parts - 1:
+            row = head + e
+            b_o = _merged(
+                p_parts + row * parts * DV, p_lse + row * parts, p_score + row * SPANS, o_dv,
+                NEAR, PIECES, SPANS, JOINT, DV, B_DV, B_P, B_P,
+            )  # fmt: skip
+            tl.store(p_out + row * s_out_head + o_dv, b_o.to(p_out.dtype.element_ty), mask=o_dv < DV)
+
+
+@triton.jit
+def parts_kernel(
+    p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+    p_lengths, p_best, p_anchor, p_freq, p_out, p_lse, p_score, p_written, p_merged,
+    s_q_sequence, s_q_head, s_merged_sequence, s_merged_head,
+    s_k_sequence, s_k_head, s_k_slot, s_k_token, s_k_table, k_slots,
+    s_v_sequence, s_v_head, s_v_slot, s_v_token, s_v_table, v_slots,
+    candidates, window, sinks, trained, scale,
+    ROTARY: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, B_G: tl.constexpr,
+    D: tl.constexpr, B_D: tl.constexpr, DV: tl.constexpr, B_DV: tl.constexpr,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, B_N: tl.constexpr, STAGES: tl.constexpr,
+    B_C: tl.constexpr, B_P: tl.constexpr, LAST: tl.constexpr,
+    SPANS: tl.constexpr, BACKWARD: tl.constexpr, FORWARD: tl.constexpr, SPAN_POWER: tl.constexpr, JOINT: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Attend to one piece: outputs `[B, Hq, NEAR + SPANS * PIECES, Dv]`, log-sum-exps in base 2, search scores.
+
+    With LAST, the last program of a query head merges what all have written, `[B, Hq, Dv]`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    i_part, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_lengths + i_sequence).to(tl.int32)
+    kv_heads: tl.constexpr = HEADS // G
+    parts: tl.constexpr = NEAR + SPANS * PIECES
+    p_q += i_sequence * s_q_sequence
+    p_k += i_sequence * s_k_sequence
+    p_k_table += i_sequence * s_k_table
+    p_v += i_sequence * s_v_sequence
+    p_v_table += i_sequence * s_v_table
+    p_out += i_sequence * HEADS * parts * DV
+    p_lse += i_sequence * HEADS * parts
+    p_score += i_sequence * HEADS * SPANS
+    p_written += i_sequence * HEADS
+    p_merged += i_sequence * s_merged_sequence
+    if i_part < NEAR * kv_heads:
+        i_head = (i_part % kv_heads).to(tl.int64)
+        o_n, m_n, position = _near_keys(n, i_part // kv_heads, window, sinks, trained, B_N)
+        _group_piece(
+            p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
+            s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+            p_freq, i_head, i_part // kv_heads, o_n, m_n, position, scale,
+            ROTARY, G, B_G, D, B_D, DV, B_DV, parts, K_KIND, V_KIND, SHIFT, PRECISION,
+        )  # fmt: skip
+        if LAST:
+            if EARLY:
+                gdc_wait()  # for the search, which begins the counts
+            _merge_if_last(
+                p_written, p_out, p_lse, p_score, p_merged, s_merged_head, i_head * G, G, B_G,
+                NEAR, PIECES, SPANS, JOINT, DV, B_DV, B_P,
+            )  # fmt: skip
+    elif SPANS > 0:
+        # Who chooses spans: query heads, or KV heads for their group, of which the first head then stands for all.
+        choosers: tl.constexpr = kv_heads if SHARED else HEADS
+        each: tl.constexpr = HEADS // choosers
+        i_rest = i_part - NEAR * kv_heads
+        i_piece, i_row = i_rest // (choosers * SPANS), i_rest % (choosers * SPANS)
+        mine, head = i_row % SPANS, (i_row // SPANS * each).to(tl.int64)
+        row = i_sequence * HEADS + head
+        if EARLY:
+            gdc_wait()  # for the search; what is near does not need it
+        score, start, hi = _span_of(
+            p_best + row * candidates, p_anchor + row * candidates, n, candidates, mine, window, sinks,
+            B_C, SPANS, BACKWARD, FORWARD, SPAN_POWER, JOINT,
+        )  # fmt: skip
+        o_e = tl.arange(0, B_G)  # the heads that it chose for
+        if i_piece == 0:
+            tl.store(p_score + (head + o_e) * SPANS + mine, tl.zeros([B_G], tl.float32) + score, mask=o_e < each)
+        start += i_piece * SPLIT
+        end = tl.where(i_piece == PIECES - 1, hi + 1, tl.minimum(start + SPLIT, hi + 1))
+        i_span = NEAR + mine * PIECES + i_piece
+        position = tl.where(n > trained, window + hi, n - 1)
+        if start > hi:
+            nothing = tl.full([B_G], float("-inf"), tl.float32)
+            tl.store(p_lse + (head + o_e) * parts + i_span, nothing, mask=o_e < each)
+        elif SHARED:
+            o_n = start + tl.arange(0, B_N)
+            _group_piece(
+                p_q, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales, p_out, p_lse,
+                s_q_head, s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+                p_freq, head // G, i_span, o_n, o_n <= hi, position, scale,
+                ROTARY, G, B_G, D, B_D, DV, B_DV, parts, K_KIND, V_KIND, SHIFT, PRECISION,
+            )  # fmt: skip
+        else:
+            part = head * parts + i_span
+            _span_piece(
+                p_q + head * s_q_head, p_k, p_k_table, p_k_codes, p_k_scales, p_v, p_v_table, p_v_codes, p_v_scales,
+                p_out + part * DV, p_lse + part,
+                s_k_head, s_k_slot, s_k_token, k_slots, s_v_head, s_v_slot, s_v_token, v_slots,
+                p_freq, head // G, start, end, position, scale,
+                ROTARY, D, B_D, DV, B_DV, B_N, STAGES, K_KIND, V_KIND, SHIFT,
+            )  # fmt: skip
+        if LAST:
+            _merge_if_last(
+                p_written, p_out, p_lse, p_score, p_merged, s_merged_head, head, each, B_G,
+                NEAR, PIECES, SPANS, JOINT, DV, B_DV, B_P,
+            )  # fmt: skip
+
+
+@triton.jit
+def merge_kernel(
+    p_parts, p_lse, p_score, p_out, s_out_sequence, s_out_head,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr, JOINT: tl.constexpr,
+    DV: tl.constexpr, B_DV: tl.constexpr, B_P: tl.constexpr, B_CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Merge the pieces of one query head, B_DV channels a program."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_head, i_channels, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = NEAR + SPANS * PIECES
+    row = i_sequence * tl.num_programs(0) + i_head
+    o_dv = i_channels * B_DV + tl.arange(0, B_DV)
+    b_o = _merged(
+        p_parts + row * parts * DV, p_lse + row * parts, p_score + row * SPANS, o_dv,
+        NEAR, PIECES, SPANS, JOINT, DV, B_DV, B_P, B_CHUNK,
+    )  # fmt: skip
     p = p_out + i_sequence * s_out_sequence + i_head.to(tl.int64) * s_out_head + o_dv
     tl.store(p, b_o.to(p_out.dtype.element_ty), mask=o_dv < DV)
 
@@ -392,48 +470,54 @@ def decode(
     joint, shared = search.gate == "joint", search.share == "group"
 
     blocks = max(1, triton.cdiv(steps.numel(), cut.anchors))
+    # A group reads a piece with all its heads, as much as a program reads at once; a head alone goes on.
+    split, choosers = (cut.keys, k.heads) if shared else (cut.split, heads)
+    pieces = max(1, triton.cdiv(longest, split)) if shared else cut.pieces(longest)
+    near = triton.cdiv(search.sinks, cut.keys) + triton.cdiv(min(capacity, search.window), cut.keys)
+    parts = near + spans * pieces
+    block_p, block_dv = triton.next_power_of_2(parts), max(16, triton.next_power_of_2(value_dim))
+    last = cut.last and spans > 0 and block_p * block_dv <= _MERGED
+
     best = torch.empty(sequences, heads, blocks, max(1, spans), dtype=torch.float32, device=q.device)
     anchor = torch.empty(best.shape, dtype=torch.int32, device=q.device)
+    written = torch.empty(sequences, heads, dtype=torch.int32, device=q.device)
     if spans:
         rows, table, codes, scales, *strides = searched.arguments()
         search_newest_kernel[(blocks, k.heads, sequences)](
-            routing, rows, table, codes, scales, lengths, steps, best, anchor,
+            routing, rows, table, codes, scales, lengths, steps, best, anchor, written,
             routing.stride(0), routing.stride(1), *strides, steps.numel(),
             G=group, B_G=block_g, **dims, B_A=cut.anchors, SPANS=spans,
-            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision,
-            SHARED=shared, EARLY=early, num_warps=1,
+            KIND=searched.kind, SHIFT=searched.shift, PRECISION=precision, SHARED=shared, EARLY=early,
+            num_warps=1, **({"launch_pdl": True} if early and cut.chained else {}),
         )  # fmt: skip
 
-    # A group reads a piece with all its heads, as much as a program reads at once; a head alone goes on.
-    split, choosers = (cut.keys, k.heads) if shared else (cut.split, heads)
-    pieces = max(1, triton.cdiv(longest, split))
-    near = triton.cdiv(search.sinks, cut.keys) + triton.cdiv(min(capacity, search.window), cut.keys)
-    parts = near + spans * pieces
     part_out = torch.empty(sequences, heads, parts, value_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(sequences, heads, parts, dtype=torch.float32, device=q.device)
     score = torch.empty(sequences, heads, max(1, spans), dtype=torch.float32, device=q.device)
+    if out is None:
+        out = torch.empty(sequences, heads, value_dim, dtype=q.dtype, device=q.device)
     k_rows, k_table, k_codes, k_scales, *k_strides = k.arguments()
     v_rows, v_table, v_codes, v_scales, *v_strides = v.arguments()
     parts_kernel[(near * k.heads + choosers * spans * pieces, sequences)](
         q, k_rows, k_table, k_codes, k_scales, v_rows, v_table, v_codes, v_scales,
-        lengths, best, anchor, part_lse if turn is None else turn.per_token, part_out, part_lse, score,
-        q.stride(0), q.stride(1), *k_strides, *v_strides,
+        lengths, best, anchor, part_lse if turn is None else turn.per_token, part_out, part_lse, score, written, out,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *k_strides, *v_strides,
         blocks * max(1, spans), search.window, search.sinks, _NEVER if turn is None else turn.trained, scale * _LOG2E,
         ROTARY=0 if turn is None else 2 * turn.per_token.numel(), HEADS=heads, G=group, B_G=block_g,
-        **dims, DV=value_dim, B_DV=max(16, triton.next_power_of_2(value_dim)),
-        NEAR=near, PIECES=pieces, SPLIT=split, B_N=cut.keys, B_C=triton.next_power_of_2(blocks * max(1, spans)),
+        **dims, DV=value_dim, B_DV=block_dv,
+        NEAR=near, PIECES=pieces, SPLIT=split, B_N=cut.keys, STAGES=cut.stages,
+        B_C=triton.next_power_of_2(blocks * max(1, spans)), B_P=block_p, LAST=last,
         SPANS=spans, BACKWARD=search.backward, FORWARD=search.forward, SPAN_POWER=search.span_power, JOINT=joint,
         K_KIND=k.kind, V_KIND=v.kind, SHIFT=v.shift, PRECISION=precision,
         SHARED=shared, EARLY=early, num_warps=4, num_stages=1, **({"launch_pdl": True} if early and spans else {}),
     )  # fmt: skip
 
-    if out is None:
-        out = torch.empty(sequences, heads, value_dim, dtype=q.dtype, device=q.device)
-    channels, block_p = min(32, max(16, triton.next_power_of_2(value_dim))), triton.next_power_of_2(parts)
-    merge_kernel[(heads, triton.cdiv(value_dim, channels), sequences)](
-        part_out, part_lse, score, out, out.stride(0), out.stride(1),
-        NEAR=near, PIECES=pieces, SPANS=spans, JOINT=joint,
-        DV=value_dim, B_DV=channels, B_P=block_p, B_CHUNK=min(256, block_p),
-        EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
+    if not last:
+        channels = min(32, block_dv)
+        merge_kernel[(heads, triton.cdiv(value_dim, channels), sequences)](
+            part_out, part_lse, score, out, out.stride(0), out.stride(1),
+            NEAR=near, PIECES=pieces, SPANS=spans, JOINT=joint,
+            DV=value_dim, B_DV=channels, B_P=block_p, B_CHUNK=min(256, block_p),
+            EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
     return out

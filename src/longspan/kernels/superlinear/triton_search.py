@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longspan.kernels.held_triton import load_rows
 
@@ -32,15 +32,19 @@ def best_of(b_s, b_i):
 
 @triton.jit
 def search_newest_kernel(
-    p_q, p_rows, p_table, p_codes, p_scales, p_lengths, p_steps, p_best, p_anchor,
+    p_q, p_rows, p_table, p_codes, p_scales, p_lengths, p_steps, p_best, p_anchor, p_written,
     s_q_sequence, s_q_head, s_sequence, s_head, s_slot, s_token, s_table, slots,
     steps,
     G: tl.constexpr, B_G: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, B_A: tl.constexpr,
     SPANS: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Find the best anchors of the newest query within one block of anchors: `[B, Hq, blocks, SPANS]`."""
+    """Find the best anchors of the newest query within one block of anchors: `[B, Hq, blocks, SPANS]`.
+
+    It also sets the counts of written pieces to 0, `[B, Hq]`.
+    """
     if EARLY:
+        gdc_wait()  # before others may start: some of them do not wait for what this one waits for
         gdc_launch_dependents()
     i_block, i_head, i_sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = tl.load(p_lengths + i_sequence).to(tl.int32)
@@ -59,6 +63,8 @@ def search_newest_kernel(
     b_s = tl.where(m_a[None, :], b_s, float("-inf"))
     b_i = tl.broadcast_to(o_a[None, :], [B_G, B_A])
     heads = tl.num_programs(1) * G
+    if i_block == 0:
+        tl.store(p_written + i_sequence * heads + i_head * G + o_g, tl.zeros([B_G], tl.int32), mask=o_g < G)
     row = (i_sequence * heads + i_head * G + o_g) * tl.num_programs(0) + i_block
     for j in tl.static_range(SPANS):
         best, number = best_of(b_s, b_i)
