@@ -55,7 +55,7 @@ class Cut:
 
     def pieces(self, longest: int) -> int:
         """Return into how many pieces the longest span is cut."""
-        return max(1, triton.cdiv(longest - self.rest, self.split))
+        return max(1, -(-(longest - self.rest) // self.split))
 
 
 def cut_for(dtype: torch.dtype, kind: int, dim: int, longest: int, rows: int = 0, slots: int = 396) -> Cut:
