@@ -12,7 +12,9 @@ from longspan.attention.evicting import Evicting
 from longspan.errors import UsageError
 
 
-def check(mechanism: Mechanism, prefill: Mechanism | None, shape: Shape, *, adapts: bool, tiered: bool) -> None:
+def check(
+    mechanism: Mechanism, prefill: Mechanism | None, shape: Shape, *, adapts: bool, tiered: bool, near: bool = False
+) -> None:
     """Refuse what does not go together.
 
     Args:
@@ -21,10 +23,16 @@ def check(mechanism: Mechanism, prefill: Mechanism | None, shape: Shape, *, adap
         shape: of a layer.
         adapts: whether cold pages are held as summaries, for a byte budget.
         tiered: whether pages lie below, beyond a byte budget.
+        near: whether layers of the model see windows of their own.
 
     Raises:
         UsageError: the message names the option to change.
     """
+    if near and mechanism.evicts:
+        raise UsageError(
+            f"{mechanism.name} forgets keys in every layer, and layers of this model read windows of their own: give "
+            "an attention that keeps everything, such as dense or quest"
+        )
     whole = mechanism.evicts and cast("Evicting", mechanism).per_question
     if tiered and not whole and (mechanism.evicts or mechanism.bounded_memory):
         raise UsageError(

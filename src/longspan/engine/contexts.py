@@ -264,7 +264,13 @@ class Context(ABC):
 
     def dropped(self, length: int) -> tuple[int, int]:
         """Return the tokens `start .. stop - 1` that nothing reads any more at a context of `length`."""
-        return self.mechanism.dropped(length)
+        return self._unseen(*self.mechanism.dropped(length), length)
+
+    def _unseen(self, start: int, stop: int, length: int) -> tuple[int, int]:
+        """Return what of these tokens no layer sees by a window of its own; (0, 0): none."""
+        if own := [window for window in self.model.windows if window is not None]:
+            stop = min(stop, length - max(own) + 1)
+        return (start, stop) if start < stop else (0, 0)
 
     def _drop(self) -> None:
         with Undisturbed():
@@ -308,6 +314,8 @@ def paged(
     summaries: Sequence[str] = (),
     block: int = PAGE,
     tiers: Tiers | None = None,
+    *,
+    layer: int,
 ) -> PagedKV:
     """Return one layer's empty pages, in a pool of their own.
 
@@ -319,6 +327,7 @@ def paged(
         block: tokens that a summary stands for.
         tiers: where copies of pages lie, and pages are read from that lie there alone; None: copies in host memory,
             which are not read.
+        layer: which one, counted among those that attend.
     """
     sizes = model.dimensions
     pool = PagePool(
@@ -334,8 +343,8 @@ def paged(
         block=block if PAGE % block == 0 and block % BLOCK == 0 else PAGE,
         tiers=tiers,
     )
-    kv = PagedKV(pool, model.rotary, budget)
-    kv.reads_below = tiers is not None
+    kv = PagedKV(pool, model.rotaries[layer], budget)
+    kv.reads_below, kv.window = tiers is not None, model.windows[layer]
     return kv
 
 

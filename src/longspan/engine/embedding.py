@@ -70,10 +70,15 @@ class _Apart:
         self._positions = at.expand_as(self._there)[self._there]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if self.model.rotary is not None:
-            q, k = (self.model.rotary(x, self._positions) for x in (q, k))
+        rotary, window = self.model.rotaries[layer], self.model.windows[layer]
+        if rotary is not None:
+            q, k = (rotary(x, self._positions) for x in (q, k))
         q, k, v = (self._padded(x) for x in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        if window is None or window >= q.shape[2]:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        else:
+            seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+            out = scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
         # Padding comes last in every text: causal attention never looks at it.
         return out.transpose(1, 2)[self._there].transpose(0, 1).unsqueeze(0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from longspan.attention import Mechanism
 from longspan.attention.retrieval import Retrieval
 from longspan.engine.contexts import Context, Tick, kv_head, newest, paged, restore_layers
+from longspan.engine.readers import read_by
 from longspan.engine.recurrence import Recurrence
 from longspan.errors import SessionCorruptError
 from longspan.hf.attention import Enough
@@ -33,7 +34,7 @@ class IndexContext(Context):
         self.wanted, self.heads = mechanism, heads
         self.slots = sorted({(layer, kv_head(model, (layer, head))) for layer, head in heads.heads})
         self.last = max(layer for layer, _ in self.slots)
-        self.layers = [paged(model) for _ in range(self.last)]
+        self.layers = [paged(model, layer=i) for i in range(self.last)]
         self.recurrence = Recurrence(model.states_before(self.last), self.layers, self.chunk)
         # Half precision holds a key well enough to rank pages, and the keys are most of what a session stores.
         kept = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
@@ -139,4 +140,4 @@ class _Indexing:
         kv = context.layers[layer]
         with Undisturbed():
             kv.append(k, v)
-        return context.mechanism.attend(q, kv, scale=scale)
+        return read_by(context.mechanism, kv).attend(q, kv, scale=scale)

@@ -68,13 +68,16 @@ class KVLayers(Context):
         self.budget = Budget() if budget is None else budget
         self._tiered = tiers is not None and self.budget.limited and not mechanism.evicts
         shape = model.dimensions.shape(model.dtype.itemsize)
-        compatible.check(mechanism, prefill, shape, adapts=self._adapts, tiered=tiers is not None)
+        near = any(model.windows)
+        compatible.check(mechanism, prefill, shape, adapts=self._adapts, tiered=tiers is not None, near=near)
         self.kept = KeptLayers.of(model, mechanism, kv_format, self.budget, tiers)
         """Every layer's memory where keys are evicted; None: `layers` holds it."""
         self._asked: AskedCopy | None = None
         self.layers = [
-            paged(model, kv_format, self.budget, kinds, mechanism.block if mechanism.summaries else PAGE, tiers)
-            for _ in range(model.dimensions.layers if self.kept is None else 0)
+            paged(
+                model, kv_format, self.budget, kinds, mechanism.block if mechanism.summaries else PAGE, tiers, layer=i
+            )
+            for i in range(model.dimensions.layers if self.kept is None else 0)
         ]
         planned = model.native is not None and model.device.type == "cuda"
         chunk = memory_plan.CHUNKS[0] if planned else self.chunk
@@ -151,6 +154,8 @@ class KVLayers(Context):
 
     def _remembers(self, mechanism: Mechanism, layer: int = 0) -> dict[str, tuple[int, ...]]:
         """Return what a mechanism keeps of a layer beside keys and values."""
+        if self.layers[layer].window is not None:
+            return {}
         pool = self.layers[layer].pool
         sizes = Shape(self.model.dimensions.query_heads, pool.kv_heads, pool.dims["k"], pool.dims["v"])
         return mechanism.memory(sizes)
@@ -174,7 +179,7 @@ class KVLayers(Context):
         if self.prefill is not None:
             first, last = self.prefill.dropped(length)
             start, stop = max(start, first), min(stop, last)
-        return (start, stop) if start < stop else (0, 0)
+        return self._unseen(start, stop, length)
 
     @property
     def nbytes(self) -> int:
@@ -254,6 +259,7 @@ class KVLayers(Context):
             readers = readers[:1]  # what others read may come from below
         sinks = max(int(getattr(reader, "sinks", 0)) for reader in readers)
         window = max(int(getattr(reader, "window", 0)) for reader in readers)
+        window = max(window, *(own or 0 for own in self.model.windows))
         # What may be taken back must stay, and a window's first page may be cut.
         kept = window + 2 * PAGE + length - self._committed
         return Needs(length, new, sinks, kept, () if self._tiered else FORMATS)

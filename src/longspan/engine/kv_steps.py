@@ -79,7 +79,11 @@ class KVSteps(KVLayers):
             and not self._moves
             and self.model.device.type == "cpu"
             and all(
-                kv.pages.plain and kv.memory is None and not kv.blocks.kept and kv.pool.format is kv.pool.native.format
+                kv.pages.plain
+                and kv.memory is None
+                and not kv.blocks.kept
+                and kv.pool.format is kv.pool.native.format
+                and kv.window is None
                 for kv in self.layers
             )
         )

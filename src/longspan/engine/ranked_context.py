@@ -45,10 +45,12 @@ class RankedContext(KVContext):
             prefill: by what documents are read; see `KVContext.prefill`.
 
         Raises:
-            UsageError: a mechanism that does not attend over ranks.
+            UsageError: a mechanism that does not attend over ranks, or a model whose layers have windows of their own.
             ParallelError: a rank is gone.
         """
         check(mechanism, prefill)
+        if any(model.windows):
+            raise UsageError(f"layers of {model.name} see windows of their own, which run on one GPU alone")
         self.ranks = ranks
         super().__init__(model, mechanism, prefill)
         with ranks.together(

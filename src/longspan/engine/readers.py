@@ -5,17 +5,28 @@ It does not know when tokens are read or taken back: contexts do.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from longspan.attention import Hints, Mechanism
+from longspan.attention import Hints, Mechanism, make
 from longspan.hf.attention import Enough, Reader
 from longspan.hf.trained import Trained
 from longspan.kv.pages import PagedKV
 from longspan.kv.undisturbed import Undisturbed
 from longspan.retrieval.heads import Head, RetrievalHeads
+
+
+def read_by(mechanism: Mechanism, kv: PagedKV) -> Mechanism:
+    """Return by what a layer is read: the context's way of attending, or exactly, where it sees a window of its own."""
+    return mechanism if kv.window is None else _newest(kv.window)
+
+
+@functools.cache
+def _newest(window: int) -> Mechanism:
+    return make("streaming", window=window, sinks=0)
 
 
 class Attending:
@@ -34,7 +45,7 @@ class Attending:
         self._look_ahead(layer + 1)
         routing = self.trained.route(layer, q) if self.mechanism.routes else None
         hints = replace(self.hints, layer=layer, gates=self.trained.layer(layer), routing_query=routing)
-        return self.mechanism.attend(q, kv, scale=scale, hints=hints)
+        return read_by(self.mechanism, kv).attend(q, kv, scale=scale, hints=hints)
 
     def _look_ahead(self, layer: int) -> None:
         """Have the next layer's pages that will be read brought from below, or from a file, while this one attends."""

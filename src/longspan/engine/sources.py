@@ -27,6 +27,7 @@ from torch import Tensor
 
 from longspan.attention import masses
 from longspan.engine.generation import Citation
+from longspan.engine.readers import read_by
 from longspan.hf.attention import Reader
 from longspan.hf.model import CausalModel
 from longspan.retrieval import sentences
@@ -120,7 +121,8 @@ def mass(context: KVContext, noted: Noted, heads: RetrievalHeads, count: int) ->
             read = masses.reads_of_rows(kept.mechanism, q, kept.layers[layer], own, scale=scale)
         else:
             hints = replace(context.hints, layer=layer)
-            read = masses.reads(context.mechanism, q, context.layers[layer], own, scale=scale, hints=hints)
+            kv = context.layers[layer]
+            read = masses.reads(read_by(context.mechanism, kv), q, kv, own, scale=scale, hints=hints)
         found += read.sum(0).cpu()
     return found / (count * len(heads.heads))
 

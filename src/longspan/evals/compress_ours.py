@@ -241,7 +241,7 @@ def _layer_bytes(model: CausalModel, mechanism: Mechanism, kv_format: str | None
     dropped = mechanism.dropped(length)
     if kept is None:
         rows = length if dropped != (0, 0) else min(length, round(cost.kept_bytes / token))
-        layer: KeptKV | PagedKV = paged(model, kv_format)
+        layer: KeptKV | PagedKV = paged(model, kv_format, layer=0)
         beside = 0.0
     else:
         rows = min(length, kept.mechanism.keeps(length))

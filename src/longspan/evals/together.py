@@ -80,7 +80,8 @@ def _alone(context: KVContext, written: list[int], most: int, done: Callable[[li
 
 def _reader(model: CausalModel, contexts: Sequence[KVContext], most: int) -> Reader:
     longest = max(context.length for context in contexts) + most
-    if all(context.answers_by.reads_all for context in contexts) and longest <= model.dimensions.window:
+    whole = all(context.answers_by.reads_all for context in contexts) and not any(model.windows)
+    if whole and longest <= model.dimensions.window:
         layers = [_stacked([_rows(context, i) for context in contexts], most) for i in range(model.dimensions.layers)]
         positions = torch.tensor([context.length for context in contexts], device=model.device)
         return _Together(layers, positions, model.rotary)

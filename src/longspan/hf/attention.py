@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from longspan.errors import ModelError
+from longspan.hf import windows
 
 NAME = "longspan"
 
@@ -62,8 +63,9 @@ def _attention(
     """Attend as transformers expects: `[B, H, T, D]` in, `[B, T, H, Dv]` out."""
     if longspan is None:
         raise ModelError("this model was loaded for Longspan: call it through longspan.LLM")
+    family = getattr(getattr(module, "config", None), "model_type", None)
     for unsupported in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(unsupported) is not None:
+        if kwargs.get(unsupported) is not None and not (unsupported == "sliding_window" and family in windows.SERVED):
             raise ModelError(f"this model's attention uses {unsupported}, which is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx

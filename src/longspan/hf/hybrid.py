@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ModelError
+from longspan.hf import windows
 from longspan.hf.attention import Reader
 
 SERVED = ("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_next")
@@ -46,7 +47,7 @@ class Layers:
 def layers(name: str, config: Any) -> Layers:
     """Return what the layers of a configuration are (ModelError: a mixture that is not served)."""
     kinds = list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    if not kinds:
+    if not kinds or getattr(config, "model_type", None) in windows.SERVED:
         kinds = ["full_attention"] * config.num_hidden_layers
     found = set(kinds)
     ordinals = {layer: i for i, layer in enumerate(at for at, kind in enumerate(kinds) if kind in _ATTENDS)}

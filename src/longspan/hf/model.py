@@ -20,7 +20,7 @@ from torch import Tensor
 from longspan.attention.base import Shape
 from longspan.distributed.group import Group
 from longspan.errors import ModelError
-from longspan.hf import hybrid, trained
+from longspan.hf import hybrid, trained, windows
 from longspan.hf.adapter import Adapter
 from longspan.hf.attention import Enough, Reader
 from longspan.hf.decoder import FEW, OneToken
@@ -78,7 +78,12 @@ class CausalModel:
         self.config = model.config.get_text_config()
         found = hybrid.layers(name, self.config)
         self.dimensions = _dimensions(name, self.config, len(found.ordinals))
-        self.rotary = self._find_rotary()
+        self.windows = windows.windows(name, self.config, self.dimensions.layers)
+        """How many of the newest keys each layer that attends sees; None: all."""
+        self.rotaries = self._find_rotaries()
+        """How each layer that attends encodes positions; None: it does not."""
+        self.rotary = self.rotaries[self.windows.index(None)]
+        """How layers that see everything do."""
         wanted = self.device.type == "cuda" if native is None else native
         self.native: Stack | None = _native_of(model) if wanted else None
         """Its own forward, without transformers' modules; None: theirs."""
@@ -323,23 +328,30 @@ class CausalModel:
             return None
         return OneToken.of(self.model, sizes.query_heads, sizes.kv_heads, sizes.head_dim, self._weights)
 
-    def _find_rotary(self) -> Rotary | None:
-        """Return how the model rotates, checked against its own code; None where it encodes no positions."""
+    def _find_rotaries(self) -> tuple[Rotary | None, ...]:
+        """Return how each layer rotates, checked against the model's own code; None where it encodes no positions."""
         base = self.model.base_model
         module = getattr(base, "rotary_emb", None) or getattr(base, "pos_emb", None)  # the latter in lfm2_moe
         if module is None:
-            return None
-        frequencies = getattr(module, "inv_freq", None)
-        if frequencies is None:
+            return (None,) * self.dimensions.layers
+        given = getattr(self.config, "rope_parameters", None) or {}
+        by_kind = windows.rotaries(module, self.dimensions.window) if any(self.windows) else {}
+        if not by_kind and getattr(module, "inv_freq", None) is None:
             raise ModelError(f"{self.name} rotates each kind of layer in its own way, which is not supported yet")
-        kind = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            raise ModelError(f"{self.name} uses {kind} RoPE, whose angles change with the length: not supported yet")
-        rotary = Rotary(frequencies, self.dimensions.window)
-        self._check_rotary(module, rotary)
-        return rotary
+        for each in (given[kind] for kind in by_kind) if by_kind else (given,):
+            if (kind := each.get("rope_type", "default")) in ("dynamic", "longrope"):
+                raise ModelError(
+                    f"{self.name} uses {kind} RoPE, whose angles change with the length: not supported yet"
+                )
+        if not by_kind:
+            rotary = Rotary(module.inv_freq, self.dimensions.window)
+            self._check_rotary(module, rotary)
+            return (rotary,) * self.dimensions.layers
+        for kind, rotary in by_kind.items():
+            self._check_rotary(module, rotary, layer_type=kind)
+        return tuple(by_kind[windows.kind_of(window)] for window in self.windows)
 
-    def _check_rotary(self, module: Any, rotary: Rotary) -> None:
+    def _check_rotary(self, module: Any, rotary: Rotary, **named: str) -> None:
         """Refuse a model whose own rotation differs from ours (other pairing, other scaling)."""
         apply = getattr(importlib.import_module(type(self.model).__module__), "apply_rotary_pos_emb", None)
         if apply is None:
@@ -347,8 +359,8 @@ class CausalModel:
         x = torch.randn(1, 1, 8, self.dimensions.head_dim, generator=torch.Generator().manual_seed(0))
         at = torch.tensor([[0, 1, 2, 3, 17, 100, 500, 1000]])
         first = x.to(self.device)
-        cos, sin = module(first, position_ids=at.to(self.device))
-        zero_cos, zero_sin = module(first, position_ids=torch.zeros_like(at).to(self.device))
+        cos, sin = module(first, position_ids=at.to(self.device), **named)
+        zero_cos, zero_sin = module(first, position_ids=torch.zeros_like(at).to(self.device), **named)
         theirs = apply(first, first, cos, sin)[0].cpu()
         ours = rotary(apply(first, first, zero_cos, zero_sin)[0].cpu(), at[0])
         if not torch.allclose(ours, theirs, atol=2e-3):
@@ -363,8 +375,6 @@ def _native_of(model: Any) -> Stack | None:
 
 def _dimensions(name: str, config: Any, layers: int) -> Dimensions:
     """Read the sizes from a configuration; refuse what no reader here serves."""
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ModelError(f"{name} attends in sliding windows of its own: not supported yet")
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
         raise ModelError(f"{name} has no attention heads: there is nothing that Longspan could read otherwise")

@@ -256,7 +256,7 @@ class PagedKV(PageResolver):
         for handle in self.exact.values():
             below, slot = self.pool.find_below(handle)
             below.share([slot])
-        other.reads_below = self.reads_below
+        other.reads_below, other.window = self.reads_below, self.window
         other.pages, other.blocks, other.mirror = self.pages.copy(), self.blocks.fork(), self.mirror.fork()
         other.exact, other.rounded = dict(self.exact), set(self.rounded)
         other._written, other._fresh = self._written, self._fresh

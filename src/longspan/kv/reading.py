@@ -42,6 +42,8 @@ class PageReader(LayerKV):
     """Pages that have a copy below, more exact than what is held, and its handle there."""
     reads_below: bool = False
     """Whether a page of which nothing else is held is read from its copy below, at the price of moving it."""
+    window: int | None = None
+    """How many of the newest keys this layer of the model ever sees; None: all, as the way of attending likes."""
     _read_below: Sequence[int] = ()
     """Pages that were read from there last."""
     _length: int

@@ -144,12 +144,13 @@ class _Everything:
         self.queries: dict[int, Tensor] = {}
         self.state: dict[str, Tensor] = {}
         self.layers = [
-            PagedKV(PagePool(sizes.kv_heads, sizes.head_dim, sizes.head_dim, model.dtype, model.device), model.rotary)
-            for _ in range(sizes.layers)
+            PagedKV(PagePool(sizes.kv_heads, sizes.head_dim, sizes.head_dim, model.dtype, model.device), rotary)
+            for rotary in model.rotaries
         ]
+        self.mechanisms = [make("streaming", window=w, sinks=0) if w else self.mechanism for w in model.windows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.queries[layer] = q[0].float() * scale
         kv = self.layers[layer]
         kv.append(k, v)
-        return self.mechanism.attend(q, kv, scale=scale)
+        return self.mechanisms[layer].attend(q, kv, scale=scale)

@@ -70,6 +70,10 @@ class _Stage:
     """What both stages have in common: texts of a step, and who is trained."""
 
     def __init__(self, stage: str, model: CausalModel, mechanism: Mechanism, texts: Source, options: Options) -> None:
+        if any(model.windows):
+            raise UsageError(
+                f"layers of {model.name} see windows of their own: there is nothing that they could be taught"
+            )
         self.model, self.mechanism, self.texts, self.options = model, mechanism, texts, options
         self.parameters: Mapping[str, Tensor] = {}
         data = hashlib.blake2b(texts.tokens.numpy().tobytes(), digest_size=8).hexdigest()
