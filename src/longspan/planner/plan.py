@@ -291,6 +291,10 @@ def _notes(given: Asked) -> list[str]:
         notes.append(f"{chosen.name} needs a model that was trained with it")
     if given.model.attending and given.model.attending[0].latent:
         notes.append("keys and values are counted compressed (MLA); transformers' own cache holds them expanded")
+    if any(each.window is not None for each in given.model.attending):
+        notes.append(
+            "layers with a window of their own are counted as if they kept no more; Longspan keeps all their keys"
+        )
     if given.ranks.split:
         notes.append("weights are counted as split over the GPUs, which Longspan does for experts alone")
     return notes
