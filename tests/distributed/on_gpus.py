@@ -357,7 +357,8 @@ def engine(group: Group):
     cases = {}
     for dtype in (torch.bfloat16, torch.float32):
         for spec, placement in (
-            ("dense", "ring"), ("dense", "sharded"), ("dense", "context_parallel"), ("superlinear:window=80,spans=2", "auto"),
+            ("dense", "ring"), ("dense", "sharded"), ("dense", "context_parallel"),
+            ("superlinear:window=80,spans=2", "auto"),
             ("tree:window=70,leaves=4,beam=2", "auto"), ("streaming:window=100,sinks=4", "auto"),
         ):  # fmt: skip
             cases[f"{spec} {placement} {str(dtype)[6:]}"] = answers(

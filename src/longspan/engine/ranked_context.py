@@ -1,8 +1,8 @@
 """The context whose keys and values lie on several ranks.
 
 A long chunk of documents is split: each rank runs its own tokens through the layers, and in every layer queries go to
-the keys or keys to the queries (`ranked_reader.py`). A question and decode are run by every rank: only attention is shared,
-and every rank has the same logits. Whatever is done is done on all ranks in step (`ranks.py`).
+the keys or keys to the queries (`ranked_reader.py`). A question and decode are run by every rank: only attention is
+shared, and every rank has the same logits. Whatever is done is done on all ranks in step (`ranks.py`).
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Over:
     def _brought(
         self, part: ShardKV, chunk: Layout, bring: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Tensor:
-        """Attend to keys that come from other ranks: those of the chunk from where they are made, older ones from pages."""
+        """Attend to keys that come: those of the chunk from where they were computed, older ones from pages."""
         rows, held = part.rows, part.shards.count(self.first)
         if rows.rotary is not None:
             at = chunk.positions(self.group.rank)
