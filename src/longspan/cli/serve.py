@@ -103,7 +103,7 @@ def serve(
     if work.follows():
         work.follow(model, attention, device, prefill=prefill, weights=weights, adapter=adapter, parallel=parallel)
         return
-    keys, owners = _keys(api_key_file)
+    keys, owners = keys_of(api_key_file)
     try:
         from longspan.server import listening
     except ModuleNotFoundError as error:
@@ -140,7 +140,7 @@ def serve(
     output.say("longspan: stopped; sessions are saved")
 
 
-def _keys(file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def keys_of(file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the keys of a file, and the names before them (UsageError: it can't be read, or a key is no secret)."""
     if file is None:
         return (), ()
