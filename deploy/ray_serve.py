@@ -5,11 +5,11 @@
 
 Every replica is a whole server (`longspan serve`, in the process of a Ray actor), and a deployment of its own, so that
 its name stays its own when Ray starts it again: it then restores its sessions from the shared folder as they are asked
-for. Which replica a session belongs to follows from its name and the replicas' (rendezvous hashing, so that with another
-number few sessions move). Requests that name none go round.
+for. Which replica a session belongs to follows from its name and the replicas' (rendezvous hashing, so that with
+another number few sessions move). Requests that name none go round.
 
 Options, `name=value`: replicas, gpus (of each; 0 by default), cpus, model, attention, device, keys (a file as for
-`longspan serve --api-key-file`). All replicas must see one LONGSPAN_SESSIONS folder. It does not know what requests ask.
+`longspan serve --api-key-file`). All replicas must see one LONGSPAN_SESSIONS folder. It does not know what is asked.
 """
 
 from __future__ import annotations
