@@ -41,9 +41,9 @@ def measure(
     for length in lengths:
         ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
         for mechanism in mechanisms:
-            rows.append(
-                {"attention": mechanism.describe(), "tokens": length, **_timed(model, mechanism, ids, lora, steps)}
-            )
+            row = {"attention": mechanism.describe(), "tokens": length, **_timed(model, mechanism, ids, lora, steps)}
+            print(json.dumps(row), file=sys.stderr, flush=True)  # a run that is stopped has told what it measured
+            rows.append(row)
     return rows
 
 
