@@ -181,6 +181,8 @@ def test_recipes_are_whole():
     for recipe in RECIPES.values():
         untils = [phase.until for phase in recipe.phases]
         assert untils == sorted(untils) and untils[-1] == 1.0
+        for phase in recipe.phases:
+            assert all((phase.length - phase.asked) % segment == 0 for segment in phase.segments if segment)
         assert recipe.phase(0.0) is recipe.phases[0] and recipe.phase(1.0) is recipe.phases[-1]
     assert [named("small", 0, 0.5).phase(done).length for done in (0.0, 0.49, 1.0)] == [256, 256, 512]
     with pytest.raises(UsageError, match="leave nothing"):

@@ -115,10 +115,10 @@ RECIPES = {
     "needle": Recipe(
         "needle",
         (
-            Phase(0.01, 64, 32), Phase(0.05, 256, 128), Phase(0.12, 1024, 384, segments=(0, 128), searching=0.1),
-            Phase(0.35, 4096, 1024, segments=(0, 256, 1024), searching=0.3, sparse=0.2),
-            Phase(0.6, 16384, 1024, 0.5, (0, 256, 1024, 3072), searching=0.3, sparse=0.4),
-            Phase(1.0, 65536, 2048, 0.5, (0, 256, 1024, 2048), searching=0.3, sparse=0.4),
+            Phase(0.01, 64, 32), Phase(0.05, 256, 128), Phase(0.12, 1024, 256, 0.4, (0, 128), searching=0.1),
+            Phase(0.35, 4096, 512, 0.2, (0, 256, 512), searching=0.3, sparse=0.2),
+            Phase(0.6, 16384, 1024, 0.05, (0, 256, 1024, 3072), rows=64, searching=0.3, sparse=0.4),
+            Phase(1.0, 65536, 1024, 0.02, (0, 256, 1024, 3072), rows=96, searching=0.3, sparse=0.4),
         ),
         batch=131072,
         rank=64,
