@@ -11,7 +11,7 @@ from longspan.errors import Cancelled, UsageError
 from longspan.hf import adapter as adapters
 from longspan.hf.loading import load
 from longspan.train import convert, extend, loop
-from longspan.train.data import Texts
+from longspan.train.data import Texts, conversations
 from longspan.train.optimiser import Rates
 
 SPEC = "superlinear:window=15,spans=1,backward=2.0"
@@ -158,6 +158,36 @@ def test_questions_stand_behind_the_text_and_their_answers_count(tiny, text):
     assert answers.isdigit() and all(answers[i : i + 5] in document for i in range(0, len(answers), 5))
     assert set(((example.weights == 10.0).nonzero().flatten() - 1).tolist()) <= set(example.rows.tolist())
     assert torch.equal(example.tokens, texts.draw(3, 700, asked=1.0).tokens)
+
+
+def test_conversations_are_mixed_in_and_only_what_the_assistant_says_counts(tiny, text):
+    chats = [[{"role": "user", "content": "Who keeps it?"}, {"role": "assistant", "content": "Lise, at the pier."}]]
+    texts = Texts(tiny, text, chats)
+    drawn = [texts.draw(seed, 256, asked=0.0) for seed in range(60)]
+    talked = [each for each in drawn if (each.weights == 0.0).sum() > 1]
+    assert 3 <= len(talked) <= 20
+    said = tiny.decode(talked[0].tokens[talked[0].weights == 1.0].tolist())
+    assert said.startswith("Lise, at the pier.") and "Who" not in said
+    assert all(each.tokens.shape == each.weights.shape and each.tokens.numel() <= 256 for each in talked)
+    plain = Texts(tiny, text)
+    assert all((plain.draw(seed, 256, asked=0.0).weights == 0.0).sum() == 1 for seed in range(60))
+
+
+def test_the_packages_conversations_can_be_used():
+    found = conversations("own")
+    assert len(found) > 20 and all(chat[-1]["role"] == "assistant" for chat in found)
+
+
+@pytest.mark.parametrize(
+    "written", ["", "no", '{"messages": []}', '{"messages": [{"role": "user", "content": "Hello"}]}', "[1]"]
+)
+def test_what_is_no_conversation_is_refused(tmp_path, written):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(written)
+    for name in (str(file), str(tmp_path / "none")):
+        with pytest.raises(UsageError, match="--chat") as caught:
+            conversations(name)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_command_says_what_is_wrong(capsys, folder, tmp_path, places):

@@ -28,6 +28,14 @@ Length = Annotated[int, typer.Option("--length", metavar="N", help="Longest text
 Asked = Annotated[
     float, typer.Option("--asked", metavar="SHARE", help="Share of texts that end in questions about facts in them.")
 ]
+Chat = Annotated[
+    str | None,
+    typer.Option(
+        "--chat",
+        metavar="FILE",
+        help='Conversations to mix in, lines {"messages": [...]}: an adapted model stays polite. own: the package\'s.',
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="What is drawn; the same gives the same steps.")]
 Begin = Annotated[
     str | None,
@@ -64,6 +72,7 @@ def convert(
     rows: Annotated[int, typer.Option("--rows", metavar="N", help="Queries of a text that are compared.")] = 64,
     rate: Annotated[float, typer.Option("--rate", metavar="X", help="Learning rate of routing queries.")] = 1e-3,
     asked: Asked = 0.5,
+    chat: Chat = None,
     seed: Seed = 0,
     device: options.Device = "auto",
     dtype: DType = None,
@@ -77,7 +86,7 @@ def convert(
     on.
     """
     with Progress() as progress:
-        loaded, text = _start(model, adapter, device, dtype, data, hours, progress)
+        loaded, text = _start(model, adapter, device, dtype, data, chat, hours, progress)
         from longspan.attention import parse
         from longspan.train.convert import Options
         from longspan.train.convert import convert as run
@@ -101,6 +110,7 @@ def extend(
     length: Length = 4096,
     rate: Annotated[float, typer.Option("--rate", metavar="X", help="Learning rate.")] = 2e-4,
     asked: Asked = 0.5,
+    chat: Chat = None,
     seed: Seed = 0,
     device: options.Device = "auto",
     dtype: DType = None,
@@ -114,7 +124,7 @@ def extend(
         from longspan.lengths import context_of
 
         window = context_of(to)
-        loaded, text = _start(model, adapter, device, dtype, data, hours, progress)
+        loaded, text = _start(model, adapter, device, dtype, data, chat, hours, progress)
         from longspan.train.extend import Options
         from longspan.train.extend import extend as run
 
@@ -129,13 +139,17 @@ def _start(
     device: str,
     dtype: str | None,
     data: list[str] | None,
+    chat: str | None,
     hours: float,
     progress: Progress,
-) -> tuple[Any, str]:
-    """Return the model and the text (errors as theirs; UsageError: no time)."""
+) -> tuple[Any, Any]:
+    """Return the model and what it learns from (errors as theirs; UsageError: no time)."""
     if not hours > 0:
         raise UsageError(f"--hours {hours:g} leaves no time: give more than 0")
     text = work.prose_of(data, progress)
+    from longspan.train.data import Texts, conversations
+
+    chats = [] if chat is None else conversations(chat)
     from longspan import settings
     from longspan.evals.arguments import dtype_of
     from longspan.hf.loading import load
@@ -145,7 +159,8 @@ def _start(
     progress.busy(f"loading {name}")
     kind = None if dtype is None else dtype_of(dtype)
     loaded = load(name, device=device, dtype=kind, adapter=adapter, say=progress.say)
-    return CausalModel(loaded.name, loaded.model, loaded.tokenizer, native=False, adapter=loaded.adapter), text
+    plain = CausalModel(loaded.name, loaded.model, loaded.tokenizer, native=False, adapter=loaded.adapter)
+    return plain, Texts(plain, text, chats)
 
 
 def _end(adapter: Any, out: str, model: str, as_json: bool) -> None:

@@ -2,14 +2,19 @@
 
 Every example follows from a number. A stretch begins anywhere in the text; where it is to be asked about, sentences
 `The code of the brass heron is 48291.` stand in it at random places, and behind it questions and answers in the model's
-own chat form, as the engine puts them. Chat turns without a document keep an adapted model polite: they are given as
-texts, in files of their own. It does not know how a loss is made of it, or which model reads it, but for its tokens.
+own chat form, as the engine puts them. Conversations without a document, among the texts, keep an adapted model as
+polite as it was; a few come with the package. It does not know how a loss is made of it, or which model reads it, but
+for its tokens.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +31,13 @@ _ADJECTIVES = (
 _NOUNS = (
     "anchor badger candle dragon ember falcon garnet heron island jigsaw kettle lantern meadow needle otter".split()
 )
+
+
+Chat = list[dict[str, str]]
+"""Messages as OpenAI's interface has them, user and assistant in turn."""
+OWN = "own"
+_TALKED, _TALK = 0.15, 512
+"""Share of texts that are conversations, where there are any; tokens after which no other one is added to a text."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,9 @@ class Source(Protocol):
 class Texts:
     """A text in a model's tokens, to draw examples from."""
 
-    def __init__(self, model: CausalModel, text: str) -> None:
-        """Take a text (UsageError: it is too short to learn from)."""
-        self.model = model
+    def __init__(self, model: CausalModel, text: str, chats: Sequence[Chat] = ()) -> None:
+        """Take a text, and conversations to mix in (UsageError: the text is too short to learn from)."""
+        self.model, self.chats = model, chats
         self.tokens = torch.tensor(model.tokens(text), dtype=torch.int32)
         if self.tokens.numel() < 256:
             raise UsageError(f"the text has {self.tokens.numel()} tokens: give more with --data")
@@ -72,6 +84,8 @@ class Texts:
             asked: the share of examples that end in questions.
         """
         rng = random.Random(seed)
+        if self.chats and rng.random() < _TALKED:
+            return self._talk(rng, length, rows)
         if rng.random() < asked and length >= 384:
             return self._asked(rng, length, rows)
         tokens = self._stretch(rng, length)
@@ -116,10 +130,48 @@ class Texts:
         others = _some(rng, tokens.numel(), max(1, rows - answering.numel()))
         return Example(tokens, weights[: tokens.numel()], torch.cat([answering[:rows], others]).unique())
 
+    def _talk(self, rng: random.Random, length: int, rows: int) -> Example:
+        """Return some conversations in the model's own form, one behind the other; what the assistant says counts."""
+        parts: list[tuple[list[int], float]] = []
+        while len(_tokens(parts)) < min(_TALK, length):
+            chat = rng.choice(self.chats)
+            said = rng.randrange(1, len(chat), 2)
+            parts.append((self.model.tokens(self.model.chat(chat[:said])), 0.0))
+            parts.append(([*self.model.tokens(chat[said]["content"]), *self._ends()], 1.0))
+        weights = torch.cat([torch.full((len(part),), weight) for part, weight in parts])[:length]
+        tokens = torch.tensor(_tokens(parts))[:length]
+        return Example(tokens, weights, _some(rng, tokens.numel(), rows))
+
     def _ends(self) -> list[int]:
         """Return the token that ends an answer, the tokenizer's own."""
         end = self.model.tokenizer.eos_token_id
         return [] if end is None else [int(end)]
+
+
+def conversations(file: str) -> list[Chat]:
+    """Return the conversations of a file of lines `{"messages": [...]}`; of the package's own, where it is `own`.
+
+    Raises:
+        UsageError: it can't be read, or a line is no conversation of a user and an assistant.
+    """
+    own = resources.files("longspan.train").joinpath("conversations.jsonl")
+    try:
+        lines = (own if file == OWN else Path(file).expanduser()).read_text(encoding="utf-8").splitlines()
+        found: list[Chat] = [json.loads(line)["messages"] for line in lines if line.strip()]
+        for chat in found:
+            roles = [message["role"] for message in chat]
+            if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+                raise ValueError("messages of user and assistant in turn are wanted")
+            if not all(isinstance(message["content"], str) for message in chat):
+                raise ValueError("contents are texts")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f'--chat {file} can\'t be used ({error}): give lines {{"messages": [...]}}, user and assistant in turn, '
+            f"or {OWN}"
+        ) from error
+    if not found:
+        raise UsageError(f"--chat {file} holds no conversation: give another file, or {OWN}")
+    return found
 
 
 def _tokens(parts: list[tuple[list[int], float]]) -> list[int]:

@@ -123,13 +123,19 @@ def skipping(rng: random.Random, count: int, to: int) -> Tensor:
 
 
 def extend(
-    model: CausalModel, text: str, out: Path, seconds: float, options: Options, *, tell: loop.Tell = lambda _: None
+    model: CausalModel,
+    text: str | Texts,
+    out: Path,
+    seconds: float,
+    options: Options,
+    *,
+    tell: loop.Tell = lambda _: None,
 ) -> Adapter:
     """Teach a model a longer window; write the adapter and its curves to a folder, which a stopped run goes on from.
 
     Args:
         model: is changed in memory.
-        text: to learn from.
+        text: to learn from, or where examples come from.
         out: the folder.
         seconds: of training in all.
         options: how.
@@ -142,7 +148,7 @@ def extend(
     """
     from longspan.train.curves import draw
 
-    task = Extend(model, Texts(model, text), options)
+    task = Extend(model, Texts(model, text) if isinstance(text, str) else text, options)
     try:
         loop.train(task, out / "extend", loop.Budget(seconds), Rates(rest=options.rate), muon=False, tell=tell)
     except Cancelled:
