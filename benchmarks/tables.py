@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import parallel_tables, plan_tables
+from benchmarks import model_tables, parallel_tables, plan_tables
 from longspan.attention import mechanisms
 from longspan.bench.attention import report
 
@@ -86,8 +86,13 @@ def needle_kinds() -> str:
 
 def speed() -> str:
     """Prefill and decode beside plain transformers, and llama.cpp, in the same run: a table a result."""
-    files = sorted(RESULTS.glob("model-*.json"), reverse=True)
-    return "\n".join(_speed(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+    return "\n".join(_speed(result) for result in reversed(_models(long=False)))
+
+
+def _models(*, long: bool) -> list[dict[str, Any]]:
+    """Return the committed results of whole models, on texts or at long contexts, by their files' names."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("model-*.json"))]
+    return [result for result in found if model_tables.is_long(result) is long]
 
 
 def _speed(result: dict[str, Any]) -> str:
@@ -455,6 +460,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-speed": attention_speed,
     "attention-reached": attention_reached,
+    "models": lambda: model_tables.models(_models(long=True)),
+    "models-short": lambda: model_tables.short(_models(long=True)),
+    "models-kernels": lambda: model_tables.kernels(_models(long=True)),
     **plan_tables.TABLES,
     **parallel_tables.TABLES,
 }

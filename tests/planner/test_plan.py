@@ -203,3 +203,26 @@ def test_devices_have_sources():
         if each.gpu:
             # Drivers count what vendors sell by the decimal gigabyte in binary ones, less what they keep.
             assert 0.95 < each.memory / each.nominal < 1.1 and each.peak("fp8") >= each.peak("bf16")
+
+
+def test_chunks_are_the_engines():
+    from longspan.engine import memory_plan
+    from longspan.hf.native import decoder
+    from longspan.planner import memory
+
+    assert memory.NATIVE_CHUNKS == memory_plan.CHUNKS and memory.NATIVE == ("nemotron_h", *decoder._FAMILIES)
+    assert (memory._STATES, memory.SLACK) == (memory_plan.STATES, memory_plan._SLACK)
+    assert plan("nemotron-3-nano-30b", "1M", gpu="h200").asked.chunk == 32768
+    far = plan("nemotron-3-nano-30b", 2_600_000, gpu="h100", attention="superlinear")
+    assert far.fits and far.asked.chunk == 16384
+    assert plan("nemotron-3-nano-30b", "3M", gpu="h100").asked.chunk == 2048
+    for other in (
+        plan("gemma-3-27b", "8K", gpu="h200"),
+        plan("llama-3.1-8b", "8K", gpu="h200", weights="fp8"),
+        plan("llama-3.1-8b", "8K", gpu="h200", kv="int8"),
+        plan("llama-3.1-8b", "8K", gpu="h200", attention="streaming"),
+        plan("llama-3.1-8b", "8K", gpu="h200", gpus=2, placement="ring"),
+    ):
+        assert other.asked.chunk == memory.GPU_CHUNK
+    assert plan("llama-3.1-8b", "8K", gpu="h200", chunk=100).asked.chunk == 100
+    assert plan("llama-3.1-8b", "8K", gpu="cpu").asked.chunk == memory.CHUNK

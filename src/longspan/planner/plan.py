@@ -19,10 +19,14 @@ from longspan.lengths import context_of, short
 from longspan.planner import advice, formats, parallel, reading, times
 from longspan.planner.devices import NETWORK, Device, device
 from longspan.planner.measured import Range, plus, summary
-from longspan.planner.memory import CHUNK, GPU_CHUNK, Memory, mechanism, memory
+from longspan.planner.memory import CHUNK, GPU_CHUNK, NATIVE, NATIVE_CHUNKS, SLACK, Memory, mechanism, memory
 from longspan.planner.model import Model
 from longspan.planner.parallel import Placement, Ranks, Sent
 from longspan.planner.times import Work
+
+
+_OWN = ("fp32", "bf16", "fp16")
+"""Formats of weights in which a model is run as it is."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Asked:
     placement: Placement | None
     """None: one GPU."""
     concurrent: int
-    chunk: int
+    given_chunk: int | None
+    """Tokens that are read at once; None: the engine's choice."""
     rotated: bool = True
     """Whether a rotated copy of the keys is kept; a KV budget leaves it out."""
     above: float | None = None
@@ -59,8 +64,37 @@ class Asked:
             self.chunk,
         )
 
+    @property
+    def chunk(self) -> int:
+        """Tokens that are read at once: as the engine has it, the most that fit where it plans its memory before."""
+        if self.given_chunk is not None:
+            return self.given_chunk
+        if not self._planned:
+            return GPU_CHUNK if self.device.gpu else CHUNK
+        room = (1 - SLACK) * self.device.memory
+        fitting = (chunk for chunk in NATIVE_CHUNKS if self._memory(chunk).total <= room)
+        return next(fitting, NATIVE_CHUNKS[-1])
+
+    @property
+    def _planned(self) -> bool:
+        """Whether the engine runs the model by its own forward and sets memory aside (`KVContext.reserve`)."""
+        return (
+            self.device.gpu
+            and self.placement is None
+            and self.model.kind in NATIVE
+            and self.weights in _OWN
+            and self.kv == formats.kv("auto", self.weights)
+            and self.rotated
+            and self.above is None
+            and not mechanism(self.attention).evicts
+            and mechanism(self.attention).dropped(self.context) == (0, 0)
+        )
+
     def memory(self) -> Memory:
         """Return the bytes on one device."""
+        return self._memory(self.chunk)
+
+    def _memory(self, chunk: int) -> Memory:
         held = memory(
             self.model,
             self.context,
@@ -68,7 +102,7 @@ class Asked:
             weights=self.weights,
             kv=self.kv,
             concurrent=self.concurrent,
-            chunk=self.chunk,
+            chunk=chunk,
             gpu=self.device.gpu,
             ranks=self.ranks.count,
             split=self.ranks.split,
@@ -253,7 +287,7 @@ def asked(
         ranks=ranks,
         placement=placed,
         concurrent=concurrent,
-        chunk=chunk or (GPU_CHUNK if on.gpu else CHUNK),
+        given_chunk=chunk,
     )
 
 
