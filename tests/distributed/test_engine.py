@@ -9,9 +9,10 @@ import torch
 from ranks import Ranks as Started
 
 from longspan import LLM
+from longspan.distributed.group import Group
 from longspan.engine import contexts
 from longspan.engine.ranks import Ranks
-from longspan.errors import LongspanError, ParallelError, SessionCorruptError, UsageError
+from longspan.errors import LongspanError, ParallelError, SessionCorruptError, UnknownNameError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.model import CausalModel
 from longspan.retrieval import heads
@@ -28,7 +29,7 @@ def text(words=350):
 
 
 @functools.cache
-def model(folder, native=False):
+def model(folder, native=False, whole=True):
     made = load(folder, device="cpu", dtype=torch.float32)
     if native:
         return CausalModel("native", made.model, made.tokenizer, native=True)
@@ -41,7 +42,7 @@ def engine(group, folder, spec, place, placement="auto", native=False):
     """An engine over the group's ranks, and on rank 0 another over none; None on others, once they were let go."""
     os.environ.update(LONGSPAN_CACHE=f"{place}/cache", LONGSPAN_SESSIONS=f"{place}/sessions", LONGSPAN_THREADS="1")
     contexts.CHUNK = 128
-    over = LLM(model(folder, native), spec, parallel=Ranks(group, placement))
+    over = LLM(model(folder, native, "experts" not in placement), spec, parallel=Ranks(group, placement))
     return None if over.follow() else (over, LLM(model(folder, native), spec))
 
 
@@ -131,9 +132,9 @@ def test_tokens_are_taken_back_on_all_ranks(ranks, folder, tmp_path):
     assert ranks.run(taken_back, folder, str(tmp_path), size=3)[0] < 1e-3
 
 
-def with_states(group, folder, place, spec, native):
+def with_states(group, folder, place, spec, native, placement):
     """How far logits over ranks are from one rank's, on a model with recurrent layers, and of a restored context."""
-    engines = engine(group, folder, spec, place, native=native)
+    engines = engine(group, folder, spec, place, placement, native)
     if engines is None:
         return None
     over, alone = engines
@@ -146,6 +147,8 @@ def with_states(group, folder, place, spec, native):
             assert [name for name in states if name.startswith("states.")]
             if llm is over:
                 assert native == (over.ranks.group.sent["deal"] > 0), "native layers run a part on each rank"
+                held = [p.shape[0] for n, p in llm.model.model.named_parameters() if n.endswith("experts.up_proj")]
+                assert held == [1 if "experts" in placement else 4], "of four experts over three ranks"
             if llm is alone:
                 apart = [float((saved[name] - kept).abs().max()) for name, kept in states.items() if "states" in name]
                 assert max(apart) < 1e-4, apart
@@ -162,13 +165,18 @@ def with_states(group, folder, place, spec, native):
         over.close()
 
 
-@pytest.mark.parametrize(("spec", "native"), [("superlinear:window=80,spans=2", False), ("dense", True)])
-def test_recurrent_states_are_those_of_one_rank(ranks, tmp_path, spec, native):
-    """Modules of transformers run all tokens on every rank, native layers a part, and hand states along."""
+@pytest.mark.parametrize(
+    ("spec", "native", "placement"),
+    [("superlinear:window=80,spans=2", False, "auto"), ("dense", True, "auto"), ("dense", True, "auto,experts")],
+)
+def test_recurrent_states_are_those_of_one_rank(ranks, tmp_path, spec, native, placement):
+    """Modules of transformers run all tokens on every rank, native layers a part, and hand states along; of experts a
+    rank may hold a part.
+    """
     from tiny_hybrid import save_hybrid
 
     folder = str(save_hybrid(tmp_path / "hybrid", "nemotron_h"))
-    found = ranks.run(with_states, folder, str(tmp_path), spec, native, size=3)[0]
+    found = ranks.run(with_states, folder, str(tmp_path), spec, native, placement, size=3)[0]
     assert max(found) < 2e-4, found
 
 
@@ -238,14 +246,17 @@ def refused(group, folder, place):
         {"attention": "h2o"},
         {"attention": "dense", "kv": "int8"},
         {"attention": "dense", "prefill": "quest"},
+        {"attention": "dense", "parallel": Ranks(group, "auto,experts")},
     ):
         try:
-            LLM(model(folder), parallel=object.__new__(Ranks), **options)
+            LLM(model(folder), **({"parallel": object.__new__(Ranks)} | options))
         except UsageError as error:
             told.append(str(error))
     return told
 
 
 def test_what_ranks_do_not_serve_is_refused(ranks, folder, tmp_path):
-    h2o, kv, prefill = ranks.run(refused, folder, str(tmp_path), size=1)[0]
-    assert "use one of dense" in h2o and "--kv" in kv and "quest" in prefill
+    h2o, kv, prefill, experts = ranks.run(refused, folder, str(tmp_path), size=1)[0]
+    assert "use one of dense" in h2o and "--kv" in kv and "quest" in prefill and "leave out experts" in experts
+    with pytest.raises(UnknownNameError, match="sharded, ring, context_parallel, and ,experts behind it"):
+        Ranks(Group.alone(), "ring,expert")

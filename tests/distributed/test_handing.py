@@ -5,6 +5,7 @@ import torch
 
 from longspan.distributed.layout import contiguous
 from longspan.hf.native.blocks import Mamba, Norm, Run
+from longspan.hf.native.handing import Split
 
 HEADS, DIM, GROUPS, STATE, WIDTH, HIDDEN = 4, 8, 2, 6, 4, 10
 
@@ -28,7 +29,8 @@ def read(group, lengths):
     for number, length in enumerate(lengths):
         x = torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         parts = contiguous(length, group.size)
-        run = Run(None, state, ranks=None if group.size == 1 else group)
+        split = None if group.size == 1 else Split(group, parts.counts)
+        run = Run(None, state, split=split)
         found.append((mamba.read(parts.shard(x, group.rank, 0), run), dict(run.after)))
         state = run.after
     return found

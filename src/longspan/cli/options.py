@@ -97,8 +97,8 @@ Parallel = Annotated[
     typer.Option(
         "--parallel",
         metavar="HOW",
-        help="How a context is read over several GPUs: sharded, ring, context_parallel, or auto (see "
-        "docs/distributed.md). Example: --gpus 2 --parallel ring.",
+        help="How a context is read over several GPUs: sharded, ring, context_parallel, or auto; ,experts "
+        "behind it: each GPU holds a part of the experts (see docs/distributed.md). Example: --gpus 2 --parallel ring.",
     ),
 ]
 Adapter = Annotated[

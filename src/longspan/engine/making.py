@@ -125,6 +125,8 @@ class Contexts:
         if isinstance(name, str):
             name = load(name, device=device, dtype=dtype, weights=weights, adapter=adapter, say=say)
         self.model = name
+        if self.ranks is not None and self.ranks.shares_experts:
+            self.model.share_experts(self.ranks.group)
         self.attention: Mechanism | None = chosen
         self._kv_format = None if kv == formats.AUTO else formats.format_of(kv, self.model.dtype).describe()
         self.kv_budget = Budget(kv_budget, "KV")

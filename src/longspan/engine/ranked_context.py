@@ -24,6 +24,7 @@ from longspan.engine.ranks import Ranks
 from longspan.engine.readers import Asked
 from longspan.errors import ParallelError, SessionCorruptError, UsageError
 from longspan.hf.model import CausalModel
+from longspan.hf.native.handing import Split
 from longspan.kv.base import PAGE
 from longspan.kv.budget import Budget
 from longspan.retrieval.choose import token_mass
@@ -223,8 +224,8 @@ class RankedContext(KVContext):
             state = self.recurrence.state()
             reader = Over(self.parts, reads, self.hints, self.model.trained, group, before, split, brings)
             try:
-                handed = group if recurs and split is not None else None
-                out = self.model.forward(own, reader, logits=logits, state=state, ranks=handed)
+                parts = None if split is None else Split(group, split.counts)
+                out = self.model.forward(own, reader, logits=logits, state=state, split=parts)
                 self._count(chunk, state)
             except ParallelError:
                 raise  # nothing can be done together any more

@@ -33,6 +33,8 @@ PLACEMENTS = ("auto", "sharded", "ring", "context_parallel")
 """How a chunk of documents is attended from: queries go to the keys (`sharded`, any mechanism that can), keys go round
 (`ring`) or are gathered on every rank (`context_parallel`; both for dense attention, others are sharded), or for each
 chunk what sends less (`auto`): few keys are then gathered, more go round."""
+EXPERTS = "experts"
+"""Behind a placement, with a comma: each rank holds a part of the model's experts."""
 LEAST = 16
 """Tokens of a chunk for each rank from which on they are split: fewer are run by every rank."""
 
@@ -45,15 +47,17 @@ class Ranks:
 
         Args:
             group: the ranks.
-            placement: one of `PLACEMENTS`.
+            placement: one of `PLACEMENTS`, and `,experts` where each rank holds a part of the model's experts.
             own: whether nobody else talks to them, so that the end of work ends them.
 
         Raises:
             UnknownNameError: no such placement.
         """
-        if placement not in PLACEMENTS:
-            raise UnknownNameError(f"unknown --parallel {placement!r}: use one of {', '.join(PLACEMENTS)}")
-        self.placement, self._own = placement, own
+        name, _, more = placement.partition(",")
+        if name not in PLACEMENTS or more not in ("", EXPERTS):
+            told = f"use one of {', '.join(PLACEMENTS)}, and ,{EXPERTS} behind it"
+            raise UnknownNameError(f"unknown --parallel {placement!r}: {told}")
+        self.placement, self.shares_experts, self._own = name, bool(more), own
         self.group, self.host = group, group.host()
         """For tensors where the model is, and in host memory."""
         self.word = Word(self.host)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import Shape
-from longspan.distributed.group import Group
-from longspan.errors import ModelError
+from longspan.errors import ModelError, UsageError
 from longspan.hf import hybrid, trained, windows
 from longspan.hf.adapter import Adapter
 from longspan.hf.attention import Enough, Reader
@@ -28,7 +27,9 @@ from longspan.hf.tokenizer import chat_of, hash_of
 from longspan.kv.rotary import Rotary
 
 if TYPE_CHECKING:
+    from longspan.distributed.group import Group
     from longspan.hf.native import Stack
+    from longspan.hf.native.handing import Split
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,20 @@ class CausalModel:
         found: torch.dtype = self.model.dtype
         return found
 
+    def share_experts(self, group: Group) -> None:
+        """Keep, of every mixture of experts, this rank's alone; all ranks must call it, once.
+
+        Raises:
+            UsageError: the model runs by transformers' modules here, or has no experts, or too few.
+        """
+        if self.native is None:
+            raise UsageError(f"{self.name} keeps its experts together here (docs/distributed.md): leave out experts")
+        from longspan.hf.native.sharing import share
+
+        # Of all weights: whatever rank opens a session knows its model.
+        _ = self.fingerprint
+        self.native = share(self.native, self.model.parameters(), group)
+
     @property
     def state_spec(self) -> hybrid.Spec:
         """Shape and type of each tensor of the recurrent layers' state; empty where all layers attend."""
@@ -126,7 +141,7 @@ class CausalModel:
         *,
         logits: int = 0,
         state: dict[str, Tensor] | None = None,
-        ranks: Group | None = None,
+        split: Split | None = None,
     ) -> Tensor | None:
         """Run new tokens through the layers.
 
@@ -137,8 +152,9 @@ class CausalModel:
             state: a hybrid model's recurrent state before these tokens (empty: before the first), replaced by that
                 after them where the call returns; tensors are not written to. Of a call that the reader ended, only
                 layers before that have a new one. A model whose layers all attend needs none.
-            ranks: those that run neighbouring parts of the same tokens, each its own by its rank: states before and
-                after are those of all parts (a native model); None: all tokens are here, or no layer keeps a state.
+            split: of which tokens these are this rank's part. Layers that keep a state, whose states before and after
+                are those of all parts, and experts that lie on several ranks, must know (a native model). None: all
+                tokens are here.
 
         Returns:
             float32 logits `[logits, V]`, or None where none are wanted or the reader had enough.
@@ -146,12 +162,12 @@ class CausalModel:
         if self.native is not None:
             from longspan.hf.native.blocks import Run
 
-            run = Run(reader, {} if state is None else state, ranks=ranks)
+            run = Run(reader, {} if state is None else state, split=split)
             out = self.native.read(torch.tensor(tokens, device=self.device), run, logits=logits)
             if state is not None:
                 state.update(run.after)
             return out
-        assert ranks is None or self._hybrid is None, "states are handed along by native layers"
+        assert split is None or self._hybrid is None, "states are handed along by native layers"
         if len(tokens) == 1 and self._one_token is not None:
             return self._one_token(tokens[0], reader, logits=bool(logits))
         # Weights that were packed with loss are for answers: what documents are read with does not hang on chunks.

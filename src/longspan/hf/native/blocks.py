@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longspan.distributed.group import Group
 from longspan.hf.attention import Reader
 from longspan.hf.native import handing
+from longspan.hf.native.handing import Split
 from longspan.kernels.causal_conv import causal_conv
 from longspan.kernels.experts import Routing, mixture
 from longspan.kernels.gemv import gemv
@@ -51,9 +51,8 @@ class Run:
     before: Mapping[str, Tensor]
     """Recurrent states before these tokens, by the names of `hf.hybrid`; empty: before the first."""
     after: dict[str, Tensor] = field(default_factory=dict)
-    ranks: Group | None = None
-    """Those that run neighbouring parts of the same tokens, this part's place among them its rank; None: all are here.
-    States before and after are then those of all parts."""
+    split: Split | None = None
+    """Of which tokens these are this rank's part, states before and after being those of all; None: all are here."""
 
 
 class Mixer(Protocol):
@@ -163,8 +162,8 @@ class Mamba:
         gate, mixed, dt = projected.split([self.inner, self.channels, self.heads], 1)
         inputs = None if inputs is None else inputs[..., 1:].contiguous()
         newest = None
-        if run.ranks is not None:
-            inputs, newest = handing.inputs(run.ranks, mixed, self.conv.shape[1] - 1, inputs)
+        if run.split is not None:
+            inputs, newest = handing.inputs(run.split.group, mixed, self.conv.shape[1] - 1, inputs)
         mixed, inputs = causal_conv(mixed.unsqueeze(0), self.conv, self.conv_bias, inputs, activation="silu")
         sizes = [self.inner, self.groups * self.state, self.groups * self.state]
         values, b, c = mixed.split(sizes, 2)
@@ -173,9 +172,10 @@ class Mamba:
             b.view(1, count, self.groups, self.state), c.view(1, count, self.groups, self.state),
         )  # fmt: skip
         last = None
-        if run.ranks is not None:
+        if run.split is not None:
             _, own = scan(*given, dt_bias=self.dt_bias)
-            recurrent, last = handing.states(run.ranks, own, handing.left(given[1], self.a, self.dt_bias), recurrent)
+            kept = handing.left(given[1], self.a, self.dt_bias)
+            recurrent, last = handing.states(run.split.group, own, kept, recurrent)
         y, recurrent = scan(*given, D=self.d, dt_bias=self.dt_bias, state=recurrent)
         del mixed, values, b, c, given
         if newest is not None and last is not None:

@@ -10,12 +10,23 @@ It does not know how tokens are split, or when.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from longspan.distributed.group import Group
 from longspan.kernels.mamba2 import NO_LIMIT
 from longspan.kernels.mamba2.reference import time_steps
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokens of which each rank runs a part: neighbours, in the order of the ranks, where layers keep a state."""
+
+    group: Group
+    counts: tuple[int, ...]
+    """How many each runs."""
 
 
 def inputs(group: Group, mixed: Tensor, width: int, before: Tensor | None) -> tuple[Tensor | None, Tensor]:
