@@ -16,6 +16,8 @@ from longspan.kv.base import LayerKV
 
 GROUP, GPU_GROUP = 64, 512
 """Rows computed together on a CPU, and on a GPU, where launches cost more than a wider spread of keys."""
+GATHERED = 1 << 28
+"""Numbers of keys that a decode step on a GPU gathers at most: a few launches where groups would take hundreds."""
 
 
 def attend_spans(
@@ -55,6 +57,11 @@ def attend_spans(
         k, v = _keys(kv, 0, stop), kv.values(0, stop)
         out, lse = kernel.span_attention(rows, k, v, lo, hi, scale=scale)
         return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
+    if q.is_cuda and not wanted:
+        most = int((hi - lo).max()) + 1
+        if lo.numel() * most * dim <= GATHERED:
+            out, lse = gathered(rows, kv, lo, hi, most, scale)
+            return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
     out = q.new_zeros(*per_head, value_dim)
     lse = q.new_full(per_head, float("-inf"))
     for b in range(batch):
@@ -71,6 +78,38 @@ def attend_spans(
                 part, part_lse = partial_attention(rows[b, h, chosen][None, None], k, v, mask, scale=scale)
                 out[b, h, chosen], lse[b, h, chosen] = part[0, 0], part_lse[0, 0]
     return out.view(batch, heads, count, spans, value_dim), lse.view(batch, heads, count, spans)
+
+
+def gathered(
+    rows: Tensor, kv: LayerKV, lo: Tensor, hi: Tensor, most: int, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend from rows to their spans after gathering what each reads, for itself.
+
+    Args:
+        rows: `[B, Hkv, R, D]`, placed where their spans are read from.
+        kv: the layer.
+        lo: int64 `[B, Hkv, R]`, first key of each span.
+        hi: last key of each span; a span with lo > hi is empty.
+        most: keys of the longest.
+        scale: what scores are multiplied by.
+
+    Returns:
+        `(out [B, Hkv, R, Dv], lse [B, Hkv, R])`; 0 and -inf for an empty span.
+    """
+    value_dim = kv.values(0, 0).shape[-1]
+    if most <= 0:
+        return rows.new_zeros(*lo.shape, value_dim), rows.new_full(lo.shape, float("-inf"))
+    at = lo.unsqueeze(-1) + torch.arange(most, device=lo.device)
+    inside = at <= hi.unsqueeze(-1)
+    # What is not inside must still be held: the last key always is.
+    index = torch.where(inside, at, kv.length - 1)
+    k, v = kv.gather(index.flatten(2), rotated=kv.rotary is not None)
+    each = lo.numel()
+    out, lse = partial_attention(
+        rows.reshape(each, 1, 1, -1), k.reshape(each, 1, most, -1), v.reshape(each, 1, most, value_dim),
+        inside.view(each, 1, 1, most), scale=scale,
+    )  # fmt: skip
+    return out.view(*lo.shape, value_dim), lse.view(lo.shape)
 
 
 def _groups(begin: Tensor, end: Tensor, rows: Tensor, size: int) -> list[Tensor]:
