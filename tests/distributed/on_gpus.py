@@ -320,12 +320,12 @@ def engine(group: Group):
     group.barrier()
 
     @functools.cache
-    def model(name, dtype):
+    def model(name, dtype, whole=True):
         return load(str(folder / name), device=str(group.device), dtype=dtype)
 
     def answers(spec, placement, name="tiny", dtype=torch.bfloat16):
         def run() -> float:
-            over = LLM(model(name, dtype), spec, parallel=Ranks(group, placement))
+            over = LLM(model(name, dtype, "experts" not in placement), spec, parallel=Ranks(group, placement))
             if over.follow():
                 return 0.0
             alone = LLM(model(name, dtype), spec)
@@ -365,6 +365,8 @@ def engine(group: Group):
                 spec, placement, "tiny" if dtype == torch.float32 else "calm", dtype
             )
     cases["hybrid dense float32"] = answers("dense", "auto", "hybrid", torch.float32)
+    if group.device.type == "cuda":  # elsewhere models run by transformers' modules, which keep experts together
+        cases["experts dense float32"] = answers("dense", "auto,experts", "hybrid", torch.float32)
     return cases
 
 
