@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from longspan.attention import parse
+from longspan.engine import prompts
 from longspan.engine.kv_context import KVContext
 from longspan.errors import Cancelled, ModelError, UsageError
 from longspan.hf.loading import load
 from longspan.hf.training import hidden_states
+from longspan.sessions.session import Turn
 from longspan.train import loop
 from longspan.train.needle import __main__ as command
 from longspan.train.needle import evaluate, learn, tasks
@@ -129,6 +131,12 @@ def test_the_engine_answers_as_the_trainer_does(monkeypatch, tmp_path):
     text = "naïve <b> \n"
     assert model.tokens(text) == list(text.encode()) and model.decode(list(text.encode())) == text
     assert model.tokens("<|ask|>ab=") == [tasks.ASK, 97, 98, 61] and model.end_tokens == {tasks.END}
+    assert prompts.before_documents(model) == [tasks.START]
+    turns = [Turn("nopek+", "1132,4829")]
+    first, then = [tasks.ASK, *b"nopek+="], [*b"1132,4829", tasks.END, tasks.ASK, *b"sulim="]
+    assert prompts.after_documents(model, "nopek+", []) == first
+    assert prompts.after_documents(model, "sulim", turns) == [*first, *then]
+    assert prompts.plain(model, "sulim", []) == [tasks.ASK, *b"sulim="]
     rng = random.Random(0)
     tokens = [tasks.START, *(rng.randrange(97, 123) for _ in range(150))]
     context = KVContext(model, parse("dense"))

@@ -9,8 +9,9 @@ from longspan.hf.tokenizer import Tokenizer
 from longspan.sessions.session import Turn
 
 SYSTEM = "You answer questions about a text. Answer briefly and use only what the text says."
-_BEFORE = "Here is the text:\n\n"
-_AFTER = "\n\nQuestion: "
+BEFORE = "Here is the text:\n\n"
+AFTER = "\n\nQuestion: "
+"""What stands before documents and behind them in the user's first message."""
 _GAP = "\n\n"
 _DOCUMENTS = "\ue000documents\ue001"  # private-use characters, in no real text: where the documents stand
 
@@ -30,7 +31,7 @@ def _around(model: CausalModel, question: str, turns: Sequence[Turn]) -> tuple[s
     questions = [*(turn.question for turn in turns), question]
     messages = [{"role": "system", "content": SYSTEM}]
     for i, asked in enumerate(questions):
-        content = _BEFORE + _DOCUMENTS + _AFTER + asked if i == 0 else asked
+        content = BEFORE + _DOCUMENTS + AFTER + asked if i == 0 else asked
         messages.append({"role": "user", "content": content})
         if i < len(turns):
             messages.append({"role": "assistant", "content": turns[i].answer})
@@ -72,7 +73,7 @@ def _over(model: CausalModel, text: str, question: str, turns: Sequence[Turn]) -
     for turn in turns:
         messages.append({"role": "user", "content": turn.question})
         messages.append({"role": "assistant", "content": turn.answer})
-    messages.append({"role": "user", "content": _BEFORE + text + _AFTER + question})
+    messages.append({"role": "user", "content": BEFORE + text + AFTER + question})
     return model.tokens(model.chat(messages))
 
 

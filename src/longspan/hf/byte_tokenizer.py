@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def byte_tokenizer(special: Sequence[str], *, end: str) -> Any:
+def byte_tokenizer(special: Sequence[str], *, end: str, template: str) -> Any:
     """Return it as transformers' fast tokenizer.
 
     Args:
         special: tokens from id 256 on.
         end: the one that ends an answer.
+        template: makes a conversation into text, in Jinja.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -20,7 +21,9 @@ def byte_tokenizer(special: Sequence[str], *, end: str) -> Any:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=end, clean_up_tokenization_spaces=False, chat_template=template
+    )
 
 
 def _letter(byte: int) -> str:

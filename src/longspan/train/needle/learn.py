@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.engine import prompts
 from longspan.errors import ModelError
 from longspan.hf import routing as routes
 from longspan.hf.routing import Routing
@@ -120,12 +121,23 @@ class Learn:
         self.model.config.longspan_training = about
         state = {name: p.detach().to(torch.bfloat16) for name, p in self.model.state_dict().items()}
         self.model.save_pretrained(folder, state_dict=state)
-        byte_tokenizer(["<|start|>", "<|ask|>", "<|end|>"], end="<|end|>").save_pretrained(folder)
+        byte_tokenizer(["<|start|>", "<|ask|>", "<|end|>"], end="<|end|>", template=_template()).save_pretrained(folder)
         fingerprint = load(str(folder), device="cpu").fingerprint
         Adapter(fingerprint, _TAUGHT, tuple(self.routing), about=about).save(folder / ROUTED)
 
 
 ROUTED = "routed"
+
+
+def _template() -> str:
+    """Return a chat template by which the engine asks as training did: a text, then names to be looked up."""
+    before, after = (json.dumps(words) for words in (prompts.BEFORE, prompts.AFTER))
+    asked = f"message.content | replace({before}, '<|start|>') | replace({after}, '<|ask|>')"
+    return (
+        "{%- for message in messages -%}{%- if message.role == 'user' -%}"
+        f"{{%- if {after} not in message.content -%}}<|ask|>{{%- endif -%}}{{{{- {asked} -}}}}="
+        "{%- elif message.role == 'assistant' -%}{{- message.content -}}<|end|>{%- endif -%}{%- endfor -%}"
+    )
 
 
 def _begin(model: Any, folder: Path, routing: list[Routing]) -> list[Routing]:
