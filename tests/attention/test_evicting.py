@@ -60,7 +60,7 @@ def layer_for(name, k, options=None, turning=None, dtype=None, **given):
         dtype or k.dtype,
         k.device,
         turning,
-        apart=mechanism.heads == "adaptive",
+        apart=mechanism.apart,
         **given,
     )
 
@@ -315,7 +315,7 @@ def test_a_fork_and_a_restored_layer_continue_exactly(name, options, heads):
         (dict(name="h2o", budget=100), "window=1024 and sinks=4 need 1029"),
         (dict(name="snapkv", kernel=4), "kernel=4 has no middle"),
         (dict(name="snapkv", window=0), "window=0 is too small"),
-        (dict(name="keydiff", heads="all"), "heads='?all'? is unknown: use one of same, adaptive"),
+        (dict(name="keydiff", heads="all"), "heads='?all'? is unknown: use one of same, adaptive, model"),
         (dict(name="keydiff", safeguard=1.5), "between 0 and 1"),
         (dict(name="expected", future=0), "future=0"),
         (dict(name="rocketkv", every=-1), "every=-1"),

@@ -23,7 +23,7 @@ def inputs(seed, keys, group, kv_heads=2, dtype=torch.float64):
 
 
 def layer_for(k, turning, heads="same", kv_format=None):
-    return KeptKV(k.shape[1], 8, 8, k.dtype, k.device, turning, kv_format=kv_format, apart=heads == "adaptive")
+    return KeptKV(k.shape[1], 8, 8, k.dtype, k.device, turning, kv_format=kv_format, apart=heads != "same")
 
 
 def append(mechanism, layer, q, k, v, **how):
@@ -64,7 +64,7 @@ def plainly(context, pieces, turning):
 @pytest.mark.parametrize("group,n,sizes", [(1, 61, (33, 20, 7)), (3, 70, (70,)), (16, 33, (1, 32))])
 @pytest.mark.parametrize("turning", [None, TURNING])
 def test_follows_its_equation(group, n, sizes, turning):
-    mechanism = make("kvzip", budget=20, window=3, sinks=2)
+    mechanism = make("kvzip", budget=20, window=3, sinks=2, heads="same")
     context, pieces = inputs(1, n, group), [inputs(2 + i, size, group) for i, size in enumerate(sizes)]
     layer = repeated(mechanism, layer_for(context[1], turning), context, pieces)
     (rows,) = layer.groups
@@ -79,7 +79,7 @@ def test_follows_its_equation(group, n, sizes, turning):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", ["same", "adaptive"])
+@pytest.mark.parametrize("heads", ["same", "adaptive", "model"])
 def test_nothing_of_a_repetition_stays_but_the_scores(dtype, heads):
     mechanism = make("kvzip", budget=200, heads=heads)
     context, ask = inputs(1, 90, 3, dtype=dtype), inputs(7, 5, 3, dtype=dtype)
@@ -94,7 +94,7 @@ def test_nothing_of_a_repetition_stays_but_the_scores(dtype, heads):
 
 
 def test_what_was_learned_goes_with_its_rows_and_later_repetitions_add_to_it():
-    mechanism = make("kvzip", budget=40, window=2, sinks=1)
+    mechanism = make("kvzip", budget=40, window=2, sinks=1, heads="same")
     context = inputs(1, 80, 2)
     layer = repeated(mechanism, layer_for(context[1], None), context, [inputs(2, 50, 2)])
     (rows,) = layer.groups
@@ -110,6 +110,27 @@ def test_what_was_learned_goes_with_its_rows_and_later_repetitions_add_to_it():
     layer.take_back(90)
     after = mechanism.scores(rows, True)
     assert (after[:, :40] >= before.gather(1, held)).all() and after[:, 40:].isfinite().all()
+
+
+def test_heads_of_all_layers_share_one_budget_as_the_paper_has_it():
+    mechanism = make("kvzip", budget=24, window=3, sinks=2)
+    layers = []
+    for seed in (1, 2, 3):
+        context = inputs(seed, 70, 2)
+        layers.append(repeated(mechanism, layer_for(context[1], TURNING, "model"), context, [inputs(10 * seed, 40, 2)]))
+    found = [mechanism.scores(rows, True)[0].tolist() for kv in layers for rows in kv.groups]
+    mechanism.evict_all(layers, 24)
+    # One list of all rows of all heads of all layers: the first and the newest are sure, the best of the others stay.
+    rows = [(head, row) for head in range(6) for row in range(70)]
+    sure = {(head, row) for head, row in rows if row < 2 or row >= 67}
+    rest = sorted((each for each in rows if each not in sure), key=lambda each: (-found[each[0]][each[1]], each))
+    wanted = sure | set(rest[: 24 * 6 - len(sure)])
+    held = {
+        (head, row)
+        for head, rows in enumerate(rows for kv in layers for rows in kv.groups)
+        for row in rows.positions()[0].tolist()
+    }
+    assert held == wanted and len({kv.total for kv in layers}) > 1, "layers differ"
 
 
 @pytest.mark.parametrize("options", [dict(every=64), dict(when="question")])

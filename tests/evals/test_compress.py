@@ -52,7 +52,7 @@ def test_too_short_a_text_is_refused(tiny):
 
 
 @pytest.mark.parametrize("way", ["streaming", "snapkv", "keydiff", "snapkv+fp8", "expected:heads=adaptive"])
-@pytest.mark.parametrize("ratio", [2, 4])
+@pytest.mark.parametrize("ratio", [4, 5])
 def test_what_is_kept_is_the_share_that_was_asked_for(tiny, way, ratio):
     length = 1000
     way_at = within(tiny, way, ratio, length)
@@ -108,7 +108,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_answers_written_together_are_those_written_alone(tiny, way):
     tokens = tiny.tokens(prose()[:40000])
-    made = within(tiny, way, 2, LENGTH) if way != "dense" else Way(make("dense"))
+    made = within(tiny, way, 5 if "+" in way else 2, LENGTH) if way != "dense" else Way(make("dense"))
     contexts, first, alone = [], [], []
     for start, count in ((0, LENGTH), (700, LENGTH - 90), (1500, LENGTH - 1)):
         context = Readings(tiny).read(made, tokens[start : start + count])
@@ -180,7 +180,7 @@ def test_a_row_counts_scores_perplexity_and_agreement():
 
 def test_a_run_is_kept_and_goes_on(tiny, asked, tmp_path):
     told = []
-    given = Given(["streaming", "fp16", "snapkv+fp8"], (), [2.0, 3.0], LENGTH, 3, {"of": "these"})
+    given = Given(["streaming", "fp16", "snapkv"], (), [2.0, 3.0], LENGTH, 3, {"of": "these"})
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.begin({"device": "none"})
         rows = run(tiny, (), replace(given, ways=["streaming"]), asked, journal, told.append)
@@ -278,6 +278,23 @@ def test_a_format_alone_is_measured_once_for_all_ratios(tiny, asked, monkeypatch
     here = Here(tiny, LENGTH, asked, [[1, 2, 3]])
     assert here.measure("fp8", 1.5) == here.measure("fp8", 2.0) and len(runs) == 1
     assert here.measure("snapkv", 2.0) != here.measure("snapkv", 4.0) and len(runs) == 3
+
+
+def test_what_its_format_alone_keeps_few_enough_of_is_left_out(tiny):
+    with pytest.raises(
+        UsageError, match="int2:residual=0,sinks=0 alone keeps no more than 1/2: nothing would be evicted"
+    ):
+        within(tiny, "snapkv+int2:residual=0,sinks=0", 2, LENGTH)
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_heads_of_all_layers_keep_no_more_bytes_together(tiny, ratio):
+    way = within(tiny, "kvzip", ratio, LENGTH)
+    assert way.mechanism.heads == "model"
+    context = Readings(tiny).read(way, tiny.tokens(prose()[:40000])[:LENGTH])
+    dense = KVContext(tiny, make("dense")).layers[0].pool.native.page_bytes * tiny.dimensions.layers * -(-LENGTH // 64)
+    assert 0.85 * dense / ratio < context.nbytes <= dense / ratio
+    context.free()
 
 
 def test_what_keeps_every_key_is_measured_as_it_was_told_to_read(tiny):

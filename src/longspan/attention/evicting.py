@@ -5,9 +5,9 @@ A context is read in stretches. After each of them (`every` tokens, or only at t
 held when it comes. A subclass says how a row scores, and what it learns from the queries that were read. Tokens of a
 question or an answer evict nothing, since they may be taken back, and nothing is learned from them.
 
-With `heads=adaptive` the heads of a layer share their budgets: see `keeping.py`. Up to the trained length keys are read
-at their true positions, beyond it as if those that are held followed one another, so that no distance exceeds them.
-Given plain keys and values (`attend`), those before the first query are held, and the queries are read in stretches.
+With `heads=adaptive` the heads of a layer share their budgets, with `heads=model` those of all layers (`keeping.py`). Up
+to the trained length keys are read at their true positions, beyond it as if those that are held followed one another, so
+that no distance exceeds them. Given plain keys and values (`attend`), those before the first query are held, and the queries are read in stretches.
 
 `when=question` forgets nothing of a document: each question is read on a copy, which then evicts down to the budget
 before its answer is written. What the next question asks about is still there; so are its bytes.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -34,7 +35,7 @@ from longspan.kv.base import LayerKV
 from longspan.kv.kept import KeptKV
 from longspan.kv.rows import KeptRows, Learned
 
-HEADS = ("same", "adaptive")
+HEADS = ("same", "adaptive", "model")
 WHEN = ("document", "question")
 
 
@@ -68,7 +69,8 @@ class Evicting(Mechanism):
     window: int = 32
     """Newest keys that are always kept."""
     heads: str = "same"
-    """Whether all KV heads of a layer keep equally many (`same`), or share their budgets (`adaptive`)."""
+    """Whether all KV heads keep equally many (`same`), or share their budgets: those of a layer (`adaptive`), or those
+    of all layers (`model`), where scores of different layers can be compared."""
     safeguard: float = 0.2
     """Share of the budget that each head keeps for sure where shares differ."""
     every: int = 0
@@ -193,12 +195,23 @@ class Evicting(Mechanism):
             rows.learn(replace(known, length=rows.length))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    @torch.no_grad()
+    @property
+    def apart(self) -> bool:
+        """Whether KV heads may hold different numbers of keys."""
+        return self.heads != "same"
+
     def evict(self, kv: KeptKV, keep: int, most: int | None = None, unit: int = 1, *, settle: bool = False) -> None:
+        """Evict in one layer: see `evict_all`."""
+        self.evict_all([kv], keep, most, unit, settle=settle)
+
+    @torch.no_grad()
+    def evict_all(
+        self, layers: Sequence[KeptKV], keep: int, most: int | None = None, unit: int = 1, *, settle: bool = False
+    ) -> None:
         """Keep so many rows a head (on average, where shares differ), if more are held in all or by one.
 
         Args:
-            kv: a layer whose tokens are all committed.
+            layers: those whose heads share their budgets, or one; all of their tokens are committed.
             keep: rows, at least `least`.
             most: rows that one head may keep at most.
             unit: rows that a head keeps a multiple of, where shares differ.
@@ -207,25 +220,26 @@ class Evicting(Mechanism):
         Raises:
             PoolExhaustedError: a fork shares pages, and the budget has no room for others.
         """
-        if kv.total <= keep * kv.kv_heads and (most is None or kv.held <= most):
+        heads = sum(kv.kv_heads for kv in layers)
+        if sum(kv.total for kv in layers) <= keep * heads and (most is None or max(kv.held for kv in layers) <= most):
             return
-        kv.keep(
-            rows_to_keep(
-                [self.scores(rows, bool(own_count(rows, kv.length, 1))) for rows in kv.groups],
-                keep,
-                sinks=self.sinks,
-                window=self.window,
-                safeguard=self.safeguard if self.heads == "adaptive" else None,
-                most=most,
-                unit=unit,
-            ),
-            settle=settle,
+        kept = rows_to_keep(
+            [self.scores(rows, bool(own_count(rows, kv.length, 1))) for kv in layers for rows in kv.groups],
+            keep,
+            sinks=self.sinks,
+            window=self.window,
+            safeguard=self.safeguard if self.apart else None,
+            most=most,
+            unit=unit,
         )
-        if not self.every and not self.per_question:
-            # What queries said of the rows was for this eviction; a later document brings queries of its own.
-            for rows in kv.groups:
-                rows.learn(replace(rows.learned, whole={}))
-                rows.commit()
+        chosen = iter(kept)
+        for kv in layers:
+            kv.keep(list(itertools.islice(chosen, len(kv.groups))), settle=settle)
+            if not self.every and not self.per_question:
+                # What queries said of the rows was for this eviction; a later document brings queries of its own.
+                for rows in kv.groups:
+                    rows.learn(replace(rows.learned, whole={}))
+                    rows.commit()
 
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
         """See `Mechanism.attend`; evicting takes no gradient."""
@@ -255,9 +269,7 @@ class Evicting(Mechanism):
         stops = [*(self._evictions(first, n) if self.every else ()), n]
         batches = []
         for b in range(q.shape[0]):
-            layer = KeptKV(
-                k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device, kv.rotary, apart=self.heads == "adaptive"
-            )
+            layer = KeptKV(k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device, kv.rotary, apart=self.apart)
             layer.append(k[b : b + 1, :, :first], v[b : b + 1, :, :first])
             layer.commit()
             outs = []

@@ -1,8 +1,9 @@
 """Which rows stay, given their scores: the first and the newest ones, and the best of the others.
 
-Heads keep equally many, or share one sum: each keeps its own best up to a safe share of the budget, and what is left
-goes to the best rows of all heads together (Ada-KV, arXiv 2407.11550, section 3.3, which flattens the scores of all
-heads and keeps the highest). Of equal scores the older row stays, so that the choice is the same everywhere.
+Heads keep equally many, or those of a layer or of all layers share one sum: each keeps its own best up to a safe share
+of the budget, and what is left goes to the best rows of all of them together (Ada-KV, arXiv 2407.11550, section 3.3,
+which flattens the scores of all heads and keeps the highest). Of equal scores the older row stays, so that the choice is the
+same everywhere.
 It does not know what scores mean.
 """
 
@@ -58,7 +59,10 @@ def rows_to_keep(
 
 
 def _in_units(counts: list[int], unit: int, limits: list[int]) -> list[int]:
-    """Return counts in multiples of a unit whose sum is as great: what lacks most of the next one is rounded down."""
+    """Return counts in multiples of a unit, at least one each, whose sum is as great or, if that can't be, the least.
+
+    What lacks most of the next unit is rounded down; where small heads need more than their own, the largest give it.
+    """
     if unit == 1:
         return counts
     units = [count // unit for count in counts]
@@ -67,7 +71,11 @@ def _in_units(counts: list[int], unit: int, limits: list[int]) -> list[int]:
         if left and (units[i] + 1) * unit <= limits[i]:
             units[i] += 1
             left -= 1
-    return [max(1, each) * unit for each in units]
+    units = [max(1, each) for each in units]
+    for _ in range(sum(units) - sum(counts) // unit):
+        largest = max(range(len(units)), key=units.__getitem__)
+        units[largest] = max(1, units[largest] - 1)
+    return [each * unit for each in units]
 
 
 def _ranked(scores: Tensor, sinks: int, window: int) -> Tensor:

@@ -6,9 +6,9 @@ once more, behind itself and after an instruction to repeat it, piece by piece. 
 query of the repetition gives it, over the query heads of its KV head; nothing else of the repetition stays.
 
 What differs from the paper: a piece's queries score every key, not only those of the piece that they repeat; weights
-are shares of all that a query sees; a layer's heads keep equally many, or share their budgets (`heads=adaptive`), where
-the paper lets heads of all layers share one; `sinks` and a `window` of newest keys are kept. Pieces are as long as a
-chunk. Reading takes more than twice as long.
+are shares of all that a query sees; a `window` of newest keys is kept beside the `sinks`. Heads of all layers share one
+budget, and none is sure of a part of it, as in the paper; `heads=adaptive` lets those of a layer share theirs, with
+`heads=same` they keep equally many. Pieces are as long as a chunk. Reading takes more than twice as long.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from longspan.kv.rows import KeptRows, Learned
 @dataclass(frozen=True)
 class KVzip(Evicting):
     """Keeps what repeating the context needs."""
+
+    heads: str = "model"
+    safeguard: float = 0.0
 
     name: ClassVar[str] = "kvzip"
     about: ClassVar[str] = "the keys that the model looks at when it repeats the context"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -70,7 +70,7 @@ class KeptLayers:
                 model.rotary,
                 budget,
                 kv_format=kv_format,
-                apart=mechanism.heads == "adaptive",
+                apart=mechanism.apart,
                 tiers=tiers,
             )
             for _ in range(sizes.layers)
@@ -122,20 +122,20 @@ class KeptLayers:
         """
         scheduled = not self.whole and self.mechanism.every > 0 and length % self.mechanism.every == 0
         rows = self._rows_left(chunk)
-        for kv in self.layers:
-            if scheduled or self._crowded(kv, new, rows):
-                self._evict(kv, length, new, rows, chunk)
+        for layers in self._sharing:
+            if scheduled or self._crowded(layers, new, rows):
+                self._evict(layers, length, new, rows, chunk)
 
     def crowded(self, new: int, chunk: int) -> bool:
         """Return whether `new` more tokens leave no room, in positions or bytes; arguments as for `make_room`."""
         rows = self._rows_left(chunk)
-        return any(self._crowded(kv, new, rows) for kv in self.layers)
+        return any(self._crowded(layers, new, rows) for layers in self._sharing)
 
     def finish(self, length: int, chunk: int) -> None:
         """Evict after all was read; arguments and errors as for `make_room`."""
         rows = self._rows_left(chunk)
-        for kv in self.layers:
-            self._evict(kv, length, 0, rows, chunk, self.settles)
+        for layers in self._sharing:
+            self._evict(layers, length, 0, rows, chunk, self.settles)
         self._settle()
 
     def shrink(self, length: int, nbytes: int) -> None:
@@ -146,14 +146,17 @@ class KeptLayers:
         Raises:
             UsageError: the bytes hold no page of every layer; nothing was evicted.
         """
-        unit, layers = self.layers[0].page_cost, len(self.layers)
-        ends = [i * nbytes // layers // unit for i in range(layers + 1)]
-        rows = [self.layers[0].rows_of((stop - start) * unit) for start, stop in itertools.pairwise(ends)]
+        unit, count = self.layers[0].page_cost, len(self.layers)
+        if len(self._sharing) == 1:
+            rows = [self.layers[0].rows_of(nbytes, count)]
+        else:
+            ends = [i * nbytes // count // unit for i in range(count + 1)]
+            rows = [self.layers[0].rows_of((stop - start) * unit) for start, stop in itertools.pairwise(ends)]
         if min(rows) < 1:
             raise UsageError(f"{size(nbytes)} do not hold a page of keys of every layer: allow more")
-        for kv, keep in zip(self.layers, rows, strict=True):
-            if kv.total > keep * kv.kv_heads:
-                self.mechanism.within(keep, length).evict(kv, keep, unit=PAGE, settle=self.settles)
+        for layers, keep in zip(self._sharing, rows, strict=True):
+            if sum(kv.total for kv in layers) > keep * sum(kv.kv_heads for kv in layers):
+                self.mechanism.within(keep, length).evict_all(layers, keep, unit=PAGE, settle=self.settles)
         self._settle()
 
     def asked(self, count: int, length: int) -> KeptLayers:
@@ -207,6 +210,11 @@ class KeptLayers:
             raise
         return other
 
+    @property
+    def _sharing(self) -> list[Sequence[KeptKV]]:
+        """The layers, those together whose heads share their budgets."""
+        return [self.layers] if self.mechanism.heads == "model" else [[kv] for kv in self.layers]
+
     def _settle(self) -> None:
         if self.settles:
             for kv in self.layers:
@@ -221,12 +229,15 @@ class KeptLayers:
         nbytes = sum(kv.page_bytes for kv in self.layers) + left
         return self.layers[0].rows_within(nbytes // len(self.layers), chunk)
 
-    def _crowded(self, kv: KeptKV, new: int, rows: int | None) -> bool:
-        """Whether `new` more tokens pass the trained length, or what a layer may hold."""
-        full = rows is not None and -(-kv.total // kv.kv_heads) + new > rows
-        return full or kv.held + new > self.model.dimensions.window - self.spare
+    def _crowded(self, layers: Sequence[KeptKV], new: int, rows: int | None) -> bool:
+        """Whether `new` more tokens pass the trained length, or what layers that share their budgets may hold."""
+        total, heads = sum(kv.total for kv in layers), sum(kv.kv_heads for kv in layers)
+        full = rows is not None and -(-total // heads) + new > rows
+        return full or max(kv.held for kv in layers) + new > self.model.dimensions.window - self.spare
 
-    def _evict(self, kv: KeptKV, length: int, new: int, rows: int | None, chunk: int, settle: bool = False) -> None:
+    def _evict(
+        self, layers: Sequence[KeptKV], length: int, new: int, rows: int | None, chunk: int, settle: bool = False
+    ) -> None:
         """Evict down to what the mechanism keeps, or to as much of it as leaves room for a chunk."""
         window, mechanism = self.model.dimensions.window, self.mechanism
         # Beyond the trained length a quarter of it is left for questions and answers, which follow the rows.
@@ -235,10 +246,12 @@ class KeptLayers:
         # Where documents stay whole, a question's copy needs rows of its own.
         left = most if rows is None else rows - chunk - (wanted if self.whole else 0)
         if self._below and left >= PAGE:
-            kv.move_down(left)
+            for kv in layers:
+                kv.move_down(left)
             left = most
         keep = min(length if self.whole else wanted, most, left)
-        if kv.total <= keep * kv.kv_heads and kv.held <= most:
+        heads = sum(kv.kv_heads for kv in layers)
+        if sum(kv.total for kv in layers) <= keep * heads and max(kv.held for kv in layers) <= most:
             return
         if keep < PAGE:
             spent = sum(one.page_bytes for one in self.layers) + (self.budget.left or 0)
@@ -248,7 +261,7 @@ class KeptLayers:
             )
         if keep < wanted:
             mechanism = mechanism.within(keep, length)
-        mechanism.evict(kv, keep, most, settle=settle)
+        mechanism.evict_all(layers, keep, most, settle=settle)
 
 
 @dataclass(frozen=True)

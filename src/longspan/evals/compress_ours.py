@@ -197,7 +197,7 @@ def within(model: CausalModel, way: str, ratio: float, length: int) -> Way:
         length: tokens of the context.
 
     Raises:
-        UsageError: no such mechanism or format, or it can't keep so little.
+        UsageError: no such mechanism or format, it can't keep so little, or its format alone does.
     """
     spec, _, kv_format = way.rpartition("+") if "+" in way else (way, "", "")
     if not kv_format and spec.partition(":")[0] in formats.names():
@@ -212,7 +212,9 @@ def within(model: CausalModel, way: str, ratio: float, length: int) -> Way:
     # What waits for the question keeps as much on its copy as others keep in all.
     sized = replace(cast("Evicting", mechanism), when="document") if mechanism.evicts else mechanism
     if sized == mechanism and _layer_bytes(model, make(DENSE), held, length) <= allowed:
-        return Way(make(DENSE), held)
+        if held:
+            raise UsageError(f"{held} alone keeps no more than 1/{ratio:g}: nothing would be evicted")
+        return Way(make(DENSE))
     least, most = PAGE, length
     if _layer_bytes(model, sized.within(least, length), held, length) > allowed:
         raise UsageError(f"{way} keeps more than 1/{ratio:g}")

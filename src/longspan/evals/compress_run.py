@@ -33,10 +33,10 @@ _SMALL = "int2:keys=3,residual=0"
 """The smallest format whose loss is small: 3 bits for keys, 2 for values, the first page exact."""
 
 WAYS = (
-    _SMALL, f"kvzip+{_SMALL}", "int4", f"kvzip:heads=adaptive+{_SMALL}", f"keydiff:every=0+{_SMALL}",
-    f"expected+{_SMALL}", f"streaming:sinks=64+{_SMALL}", "kvzip", f"snapkv+{_SMALL}", "kvzip+int2:residual=0",
-    "kvzip+int4:residual=0", "snapkv", "expected", "keydiff:every=0", "streaming", "snapkv:heads=adaptive",
-    "kvzip:heads=adaptive", "expected+int4:residual=0", "snapkv+int4:residual=0", "h2o:every=0", "rocketkv",
+    _SMALL, f"kvzip+{_SMALL}", "int4", "kvzip", "kvzip+int4:residual=0", "snapkv", "expected", "keydiff:every=0",
+    "streaming", f"keydiff:every=0+{_SMALL}", f"expected+{_SMALL}", f"snapkv+{_SMALL}", "snapkv:heads=adaptive",
+    "kvzip:heads=adaptive", "kvzip:heads=same", "expected+int4:residual=0", "snapkv+int4:residual=0", "h2o:every=0",
+    "rocketkv", f"streaming:sinks=64+{_SMALL}", "kvzip+int2:residual=0",
     "expected:heads=adaptive", "int8", "fp8", f"h2o:every=0+{_SMALL}", "int2:residual=0", "snapkv:when=question",
     "rocketkv:when=question", "quest:budget=1024+int4", "sparq:budget=1024+int4", f"rocketkv+{_SMALL}",
 )  # fmt: skip

@@ -153,12 +153,16 @@ class KeptKV:
         """Bytes of one full page of one group of heads in the pool's format, with positions and what was learned."""
         return self.pool.plane(self.pool.format.name).page_bytes + self._beside
 
-    def rows_of(self, nbytes: int) -> int:
+    def rows_of(self, nbytes: int, layers: int = 1) -> int:
         """Return how many rows a head, on average, can hold in so many bytes, positions among them, in full pages.
 
         All of them must be committed, and no page be shared out among heads.
+
+        Args:
+            nbytes: of all layers.
+            layers: like this one, which share them.
         """
-        made, groups, native = self.pool.format, len(self.groups), self.pool.native
+        made, groups, native = self.pool.format, len(self.groups) * layers, self.pool.native
         dearer = native.page_bytes + self._beside - self.page_cost
         exact = 0 if made is native.format else groups * (-(-made.sinks // PAGE) + -(-made.residual // PAGE))
         pages = max(0, nbytes // self.page_cost)
