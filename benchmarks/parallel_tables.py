@@ -65,9 +65,13 @@ def _length(n: int) -> str:
     return f"{n >> 20}Mi" if n % (1 << 20) == 0 else f"{n >> 10}Ki" if n % (1 << 10) == 0 else short(n)
 
 
+def _results() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("parallel-*.json"))]
+
+
 def measured() -> str:
     """Every committed result of `longspan.bench.parallel`."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("parallel-*.json"))]
+    found = _results()
     return "\n".join(map(_result, found)) if found else "No result is committed yet.\n"
 
 
@@ -78,17 +82,55 @@ def _result(result: dict[str, Any]) -> str:
         if "skipped" in row:
             rows.append([*line, row["skipped"], "", "", "", "", ""])
             continue
-        rate, peak = row.get("tflops_per_rank"), row.get("peak_bytes")
+        rate, peak, reached = (row.get(name) for name in ("tflops_per_rank", "peak_bytes", "efficiency"))
+        sent = "" if row["scheme"].startswith("torch") else size(row["sent_bytes"])  # nobody counts what it sends
         rows.append(
             [
                 *line, time(Range(row["low"], row["high"])), f"{rate:.0f}" if rate else "",
-                f"{100 * row['efficiency']:.0f}%", f"{row['speedup']:.2f}", size(row["sent_bytes"]),
-                size(peak) if peak else "",
+                f"{100 * reached:.0f}%" if reached else "", f"{row['speedup']:.2g}" if row["speedup"] < 0.1
+                else f"{row['speedup']:.2f}", sent, size(peak) if peak else "",
             ]
         )  # fmt: skip
     head = ["what", "tokens", "scheme", "time", "TFLOP/s a GPU", "of one GPU's rate", "times one GPU", "sent", "memory"]
-    about = f"{result['ranks']} x {result['device']}, {result['dtype']}, torch {result['torch']}; `{result['command']}`"
-    return markdown(head, rows) + f"\n{about}\n"
+    about = f"{result['ranks']} x {result['device']}, {result['dtype']}, torch {result['torch']}"
+    commands = "\n".join(f"    {command}" for command in result.get("commands", [result["command"]]))
+    return markdown(head, rows) + f"\n{about}:\n\n{commands}\n"
 
 
-TABLES = {"parallel-predictions": predictions, "parallel-measured": measured}
+def checked() -> str:
+    """What was measured beside the planner's predictions, and beside its model given one GPU's own rate."""
+    rows = []
+    for result in _results():
+        device = devices.of(result["device"])
+        for row in result["rows"]:
+            if "skipped" in row or row["scheme"] not in (*PLACEMENTS, "merge"):
+                continue
+            n, name, decode = row["length"], row["scheme"], row["what"] == "decode"
+            how = PLACEMENTS["ring" if decode else name]
+            ranks = Ranks(result["ranks"], 1, anchor=result["anchor"] if name == "star" else None)
+            work = Work(LAYER, n, "dense", "bf16", "bf16", 1, device, GPU_CHUNK)
+            told = _decode(work, ranks, "ring") if decode else parallel.prefill(work, ranks, how)
+            if decode:
+                own = row["alone_seconds"] / ranks.count
+            else:
+                own = (
+                    4
+                    * HEADS
+                    * DIM
+                    * n**2
+                    / 2
+                    / (1e12 * row["alone_tflops"])
+                    * parallel.sent(how, work, ranks).attention
+                )
+            rows.append(
+                [
+                    row["what"], _length(n), name, time(told), time(Range(row["seconds"], row["seconds"])),
+                    "yes" if told.low <= row["seconds"] <= told.high else "no",
+                    f"{100 * (told.middle / row['seconds'] - 1):+.0f}%", f"{100 * (own / row['seconds'] - 1):+.0f}%",
+                ]
+            )  # fmt: skip
+    head = ["what", "tokens", "scheme", "predicted", "measured", "within", "middle off by", "one GPU's rate: off by"]
+    return markdown(head, rows) if rows else "No result is committed yet.\n"
+
+
+TABLES = {"parallel-predictions": predictions, "parallel-measured": measured, "parallel-checked": checked}
