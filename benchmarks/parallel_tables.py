@@ -29,6 +29,8 @@ CASES = (
     (10 << 20, 8, 8),
 )
 """Tokens, GPUs of a node, nodes."""
+WHOLE = 1 << 37
+"""Pairs of a query and a key up to which the bench lets one GPU read a context whole."""
 
 
 def predictions() -> str:
@@ -133,4 +135,32 @@ def checked() -> str:
     return markdown(head, rows) if rows else "No result is committed yet.\n"
 
 
-TABLES = {"parallel-predictions": predictions, "parallel-measured": measured, "parallel-checked": checked}
+def latency() -> str:
+    """By length: dense attention on one GPU, and each way over several, as the articles lay it out."""
+    ways = ("ring", "context_parallel", "star", "torch")
+    tables = []
+    for result in _results():
+        rows: dict[int, dict[str, str]] = {}
+        for row in result["rows"]:
+            cells = rows.setdefault(row["length"], {})
+            told = time(Range(row["seconds"], row["seconds"])) if "seconds" in row else ""
+            if row["what"] == "prefill":
+                cells[row["scheme"]] = told
+                if "alone_tflops" in row and "one" not in cells:
+                    one = 4 * HEADS * DIM * row["length"] ** 2 / 2 / (1e12 * row["alone_tflops"])
+                    cells["one"] = time(Range(one, one)) + ("*" if row["length"] ** 2 / 2 > WHOLE else "")
+            elif row["scheme"] == "merge":
+                cells |= {"decode": told, "decode one": time(Range(row["alone_seconds"], row["alone_seconds"]))}
+        head = ["tokens", "dense, one GPU", *ways, "decode, one GPU", "decode"]
+        names = ("one", *ways, "decode one", "decode")
+        body = [[_length(n), *(cells.get(name, "") for name in names)] for n, cells in sorted(rows.items())]
+        tables.append(f"{result['ranks']} x {result['device']}\n\n{markdown(head, body)}")
+    return "\n".join(tables) if tables else "No result is committed yet.\n"
+
+
+TABLES = {
+    "parallel-predictions": predictions,
+    "parallel-measured": measured,
+    "parallel-checked": checked,
+    "parallel-latency": latency,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longspan.kernels.lse_merge import merge_into, merged, reference
+from longspan.kernels.lse_merge import merge_into, merge_packed, merged, reference
 
 pytest.importorskip("triton")
 from longspan.kernels.lse_merge import triton_kernels
@@ -61,3 +61,31 @@ def test_nan_that_is_attended_to_shows(version):
     assert out.isnan().tolist() == [[[[False, True, False, False], [True] * 4]]] and lse.isnan().tolist() == [
         [[False, True]]
     ]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 32, 128), (3, 2, 5, 7, 20), (8, 130, 64), (2, 0, 8)], ids=str)
+@pytest.mark.parametrize("version", [merge_packed, reference.merge_packed, triton_kernels.merge_packed])
+def test_all_ranks_parts_at_once(shape, version):
+    generator = torch.Generator().manual_seed(sum(shape))
+    outs, lses = torch.randn(shape, generator=generator), 4 * torch.randn(shape[:-1], generator=generator)
+    if lses[0].numel() > 4:
+        flat_outs, flat_lses = outs.view(shape[0], -1, shape[-1]), lses.view(shape[0], -1)
+        flat_lses[0, 0], flat_outs[0, 0] = -INF, float("nan")
+        flat_lses[:, 1], flat_outs[:, 1] = -INF, INF
+        flat_lses[:, 2] = 3.0
+    packed = torch.cat([outs, lses.unsqueeze(-1)], -1).to(DEVICE)
+    total = torch.logsumexp(lses.double(), 0)
+    weights = torch.exp(lses.double() - total.masked_fill(total == -INF, 0.0)).unsqueeze(-1)
+    wanted = torch.where(weights == 0, 0.0, weights * outs.double()).sum(0)
+    out, lse = version(packed)
+    torch.testing.assert_close(out.double().cpu(), wanted, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(lse.double().cpu(), total, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("version", [reference.merge_packed, triton_kernels.merge_packed])
+def test_nan_of_a_rank_shows(version):
+    packed = torch.zeros(2, 3, 5, device=DEVICE)
+    packed[1, 0, 2], packed[0, 1, 4] = float("nan"), float("nan")
+    out, lse = version(packed)
+    assert out[0].isnan().tolist() == [False, False, True, False]
+    assert bool(out[1].isnan().all()) and bool(lse[1].isnan()) and not bool(out[2].isnan().any())

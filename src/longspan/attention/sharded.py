@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from longspan.distributed.group import Group
+from longspan.distributed.merge import merge_packed
 from longspan.distributed.shards import ShardRows
 from longspan.kernels.partial_attention import merge_partials, partial_attention
 
@@ -99,7 +100,7 @@ def merge(tiles: Sequence[Parts], group: Group, split: Sequence[int] | None = No
         every = torch.stack(group.deal(sent))
         if weights is not None:
             weights = weights.split(list(split), 3)[group.rank]
-    out, _ = merge_partials(every[..., :-1], every[..., -1])
+    out, _ = merge_packed(every)
     return out[0] if weights is None else (weights.unsqueeze(-1) * out).sum(0)
 
 

@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.distributed.merge import merged
+from longspan.distributed.merge import merge_packed, merged
 from longspan.distributed.placements import GATHERED
 from longspan.errors import ParallelError, UsageError
-from longspan.kernels.partial_attention import merge_partials
 
 TIMEOUT = 300.0
 """Seconds that a rank may take to answer."""
@@ -264,8 +263,7 @@ class Group:
         if self._processes is None:
             return packed[..., :-1], lse
         if (self.size * _bytes(packed)) <= GATHERED:
-            every = self.gather(packed)
-            return merge_partials(every[..., :-1], every[..., -1])
+            return merge_packed(self.gather(packed))
         packed = self._merge_tree(packed)
         return packed[..., :-1], packed[..., -1]
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from longspan.kernels.lse_merge import merge_into, merged
+from longspan.kernels.lse_merge import merge_into, merge_packed, merged
 
-__all__ = ["merge_into", "merged"]
+__all__ = ["merge_into", "merge_packed", "merged"]

@@ -24,8 +24,8 @@ _LINK_SHARE, _NETWORK_SHARE = (0.6, 0.9), (0.5, 0.9)
 """Shares of a link's and a network's nominal bandwidth that large messages reach."""
 _LATENCY = {True: 65e-6, False: 40e-6}
 """Seconds of one small collective with the merge behind it, across hosts (True) or within one. A decode step over two
-H100 takes 75 to 95 us more than half of one's (docs/parallel_attention.md), of which some 40 are its kernels' own; across
-hosts NCCL's usual 25 us come on top, not measured."""
+H100 takes 75 to 95 us more than half of one's (docs/parallel_attention.md), of which some 40 are its kernels' own;
+across hosts NCCL's usual 25 us come on top, not measured."""
 _OVERLAP = 0.05
 """Share of what is sent beside compute that still costs time: both use the same memory."""
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.kernels.partial_attention.reference import merge_partials
+
 
 def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two parts.
@@ -42,6 +44,18 @@ def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None
     new_out, new_lse = merged(out, lse, part, part_lse.to(lse.dtype))
     out.copy_(new_out)
     lse.copy_(new_lse)
+
+
+def merge_packed(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge the parts of several ranks, as one message brings them.
+
+    Args:
+        packed: `[P, ..., Dv + 1]`: outputs, and behind each its log-sum-exp; float32 or float64.
+
+    Returns:
+        `(out [..., Dv], lse [...])`. Where no part has a key: 0 and -inf.
+    """
+    return merge_partials(packed[..., :-1], packed[..., -1])
 
 
 def _weighed(out: Tensor, lse: Tensor, new: Tensor) -> Tensor:

@@ -1,16 +1,22 @@
-"""The merge of a part as one Triton kernel: every number is read and written once, and nothing is held beside.
+"""The merge of a part, and of the parts of all ranks, as one Triton kernel each: every number is read and written once.
 
-A ring over 512K queries merges 4.3 GB of float32 a pass; plain PyTorch would hold three more tensors of that size.
+Nothing is held beside: a ring over 512K queries merges 4.3 GB of float32 a pass; plain PyTorch would hold three more
+tensors of that size. The parts of a decode step are few numbers: there it is one launch for some twenty.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _AT_ONCE = 4096
 """Numbers that a program holds."""
+_PROGRAMS = 64
+"""Programs among which few rows are shared out."""
 
 
 @triton.jit
@@ -54,3 +60,46 @@ def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None
         *out.stride()[:3], *lse.stride(), *part.stride()[:3], *part_lse.stride(),
         D=dim, B_D=block_d, BLOCK_R=block_r,
     )  # fmt: skip
+
+
+@triton.jit
+def _packed_kernel(
+    p_packed, p_out, p_lse, rows, s_p,
+    PARTS: tl.constexpr, D: tl.constexpr, B_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, B_D)
+    m_r = o_r < rows
+    m = m_r[:, None] & (o_d < D)[None, :]
+    p_row = p_packed + o_r * (D + 1)
+    b_high = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    for i_p in tl.static_range(PARTS):
+        b_lse = tl.load(p_row + i_p * s_p + D, mask=m_r, other=0.0)  # [BLOCK_R]
+        b_high = tl.maximum(b_high, b_lse, propagate_nan=tl.PropagateNan.ALL)
+    b_safe = tl.where(b_high == float("-inf"), 0.0, b_high)  # -inf - -inf would be NaN
+    b_sum = tl.zeros([BLOCK_R], tl.float32)
+    for i_p in tl.static_range(PARTS):
+        b_sum += tl.exp(tl.load(p_row + i_p * s_p + D, mask=m_r, other=0.0) - b_safe)
+    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = tl.zeros([BLOCK_R, B_D], tl.float32)
+    for i_p in tl.static_range(PARTS):
+        b_weight = tl.exp(tl.load(p_row + i_p * s_p + D, mask=m_r, other=0.0) - b_safe) / b_divisor
+        b_part = tl.load(p_row[:, None] + i_p * s_p + o_d[None, :], mask=m, other=0.0)  # [BLOCK_R, B_D]
+        b_out += tl.where((b_weight == 0.0)[:, None], 0.0, b_weight[:, None] * b_part)
+    tl.store(p_out + o_r[:, None] * D + o_d[None, :], b_out, mask=m)
+    tl.store(p_lse + o_r, tl.where(b_sum == 0.0, float("-inf"), b_safe + tl.log(b_divisor)), mask=m_r)
+
+
+def merge_packed(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge parts; arguments and result as in the reference, `packed` float32 without gaps."""
+    parts, shape, dim = packed.shape[0], packed.shape[1:-1], packed.shape[-1] - 1
+    rows = math.prod(shape)
+    out, lse = (torch.empty(size, dtype=packed.dtype, device=packed.device) for size in ((*shape, dim), shape))
+    if rows == 0:
+        return out, lse
+    block_d = triton.next_power_of_2(max(1, dim))
+    # Few rows are shared out over many programs.
+    block_r = max(1, min(_AT_ONCE // block_d, triton.next_power_of_2(triton.cdiv(rows, _PROGRAMS))))
+    _packed_kernel[(triton.cdiv(rows, block_r),)](
+        packed, out, lse, rows, packed.stride(0), PARTS=parts, D=dim, B_D=block_d, BLOCK_R=block_r
+    )
+    return out, lse
