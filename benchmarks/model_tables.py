@@ -43,7 +43,8 @@ def short(results: Iterable[dict[str, Any]]) -> str:
         if "left_out" not in row
     ]  # fmt: skip
     head = ["context", "attention", "prefill, tokens/s", "decode, tokens/s", "peak memory"]
-    return _markdown(head, rows) + f"\n{longest['device']}, {longest['of']['model']}, {longest['of']['dtype']}\n"
+    about = f"{longest['device']}, {longest['of']['model']}, {longest['of']['dtype']}"
+    return f"{_markdown(head, rows)}\n{about}. {' '.join(report.sentences(longest))}\n"
 
 
 def kernels(results: Iterable[dict[str, Any]]) -> str:
@@ -62,7 +63,7 @@ def kernels(results: Iterable[dict[str, Any]]) -> str:
 
 def _name(kernel: str) -> str:
     """Return a kernel's name as short as it still says something."""
-    return kernel.split("(")[0].removeprefix("void ").split("<")[0].rpartition("::")[2].strip()[:40]
+    return kernel.split("(", maxsplit=1)[0].removeprefix("void ").split("<")[0].rpartition("::")[2].strip()[:40]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

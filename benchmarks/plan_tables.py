@@ -174,7 +174,10 @@ def _outcome(row: dict[str, object], what: str, low: float, high: float) -> str:
     measured = row.get(f"{what}_tokens_per_s")
     if not isinstance(measured, (int, float)):
         return ""
-    return f"{measured:,.4g}, planned {speed(low, high).removesuffix(' tokens/s')}"
+    told = f"{measured:,.0f}" if measured >= 1000 else f"{measured:.4g}"
+    if what == "prefill" and "prefill" in row:
+        return f"{told} by {row['prefill']}: not planned"
+    return f"{told}, planned {speed(low, high).removesuffix(' tokens/s')}"
 
 
 def work_of(row: dict[str, object]) -> times.Work:

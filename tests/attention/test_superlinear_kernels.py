@@ -12,7 +12,7 @@ from longspan.attention import superlinear_kernels as ours
 from longspan.attention.base import Hints, Mechanism
 from longspan.attention.superlinear import Superlinear
 from longspan.kernels import superlinear as kernels
-from longspan.kv.base import TensorKV
+from longspan.kv.base import PAGE, TensorKV
 from longspan.kv.pages import PagedKV, PagePool
 from longspan.kv.rotary import Rotary
 
@@ -127,6 +127,21 @@ def test_pages_in_any_order_and_format(count, kv_format):
     torch.testing.assert_close(held.gathered(0, 397), kv.keys(0, 397)[0])
     out, wanted = both(Superlinear(window=24), q, kv)
     torch.testing.assert_close(out, wanted, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("rotary", [None, Rotary(10000.0 ** -(torch.arange(8) / 8), 330)])
+def test_pages_that_lie_together_are_one_tensor_to_many_queries(rotary):
+    q, k, v = made(397, MANY, value_dim=16)
+    pool = PagePool(k.shape[1], 16, 16, k.dtype, k.device)
+    pool.reserve(20)
+    first, kv = PagedKV(pool, rotary), PagedKV(pool, rotary)
+    first.append(v[:, :, :100], k[:, :, :100])  # another context's pages lie before
+    kv.append(k, v)
+    held = kv.held("k", whole=True)
+    assert held.kind == 0 and held.rows.data_ptr() != pool.keys.data_ptr() and kv.held("k").kind == 1
+    assert torch.equal(held.rows, kv.keys(0, 397)) and held.rows.stride(1) == 20 * PAGE * 16
+    out, wanted = both(Superlinear(window=24, sinks=4), q, kv)
+    torch.testing.assert_close(out, wanted, atol=5e-6, rtol=5e-6)
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])

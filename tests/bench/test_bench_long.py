@@ -184,11 +184,26 @@ def test_of_chunks_that_take_long_a_part_is_timed(tiny, monkeypatch):
         return context.length * len(tokens) * 2e-6
 
     monkeypatch.setattr(measure, "_again", again)
-    read = measure.read_parts(context, 4000, [1100, 2000, 3000, 4000], 0, lambda _: None)
-    assert sizes == [512, 512, 256, 128, 128] and (read.chunk, read.fewest) == (512, 128)
+    read = measure.read_parts(context, 4000, [1100, 2000, 3000, 3500, 4000], 0, lambda _: None)
+    assert sizes == [512, 512, 512, 256, 128, 128] and (read.chunk, read.fewest) == (512, 128)
     assert context.length == 4000
     for (end, seconds), size in zip(read.chunks[1:], sizes[1:], strict=True):
         assert seconds == pytest.approx((end - size) * 512 * 2e-6), "what a whole chunk takes"
+
+
+def test_what_is_timed_is_read_as_documents_are(tiny):
+    model, quest = tiny["qwen3-4b"], parse("quest:budget=64,window=16,dense_layers=0")
+    tokens = checks.random_tokens(model, 600, 0)
+    documents, rehearsed, asked = (run.KVContext(model, quest) for _ in range(3))
+    documents.extend(tokens)
+    logits = rehearsed.rehearse(tokens)
+    asked.step(tokens)
+    last = [context.layers[-1].keys(0, 600) for context in (documents, rehearsed, asked)]
+    torch.testing.assert_close(last[1], last[0])
+    assert not torch.allclose(last[2], last[0], atol=1e-3), "by what answers attend by"
+    assert logits.shape == (512,) and rehearsed._committed == 0
+    rehearsed.truncate(0)
+    assert rehearsed.length == 0 and not rehearsed.tokens
 
 
 def test_few_batches_of_slow_steps_are_timed(tiny, monkeypatch):

@@ -63,7 +63,7 @@ def attend(mechanism: Superlinear, q: Tensor, kv: LayerKV, scale: float, hints: 
     first, count = kv.length - q.shape[2], q.shape[2]
     search = search_of(mechanism)
     routing = q if hints.routing_query is None else hints.routing_query
-    searched, v = kv.held("k"), kv.held("v")
+    searched, v = (kv.held(what, whole=count > STEPS) for what in ("k", "v"))
     assert searched is not None and v is not None, "serve() was not asked"
     k, turn = searched, None
     if kv.rotary is not None:

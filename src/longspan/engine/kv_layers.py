@@ -64,6 +64,8 @@ class KVLayers(Context):
         """
         super().__init__(model, mechanism)
         self._planned: int | None = None
+        self._aside = 0
+        """Tokens that memory was set aside for."""
         kinds = mechanism.summaries if summaries is None else tuple(summaries)
         self.budget = Budget() if budget is None else budget
         self._tiered = tiers is not None and self.budget.limited and not mechanism.evicts
@@ -129,10 +131,12 @@ class KVLayers(Context):
             return None
         held = sum(kv.pool.nbytes for kv in self.layers) + self.recurrence.nbytes
         held += sum(kv.mirror.held.nbytes for kv in self.layers if kv.mirror.length)
+        # What was set aside for more tokens before is no room for a chunk's tensors.
+        tokens = max(tokens, self._aside)
         memory, reads = memory_plan.available(self.model, held), self.reads_by(tokens)
         found = memory_plan.check(self.model, reads, tokens, memory)
         self._planned = memory_plan.chunk_for(self.model, reads, tokens, memory)
-        pages = -(-tokens // PAGE)
+        self._aside, pages = tokens, -(-tokens // PAGE)
         for kv in self.layers:
             lacking = pages - len(kv.table) - len(kv.pool.native.free_slots)
             if lacking > 0:

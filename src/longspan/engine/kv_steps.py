@@ -22,6 +22,18 @@ class KVSteps(KVLayers):
     def answering(self) -> Reader:
         """Return what reads tokens that are not counted: whoever ran it cuts the context back to its own length."""
 
+    def rehearse(self, tokens: Sequence[int]) -> Tensor:
+        """Read tokens as documents are read, but to be taken back (`truncate`); returns logits as `step` does."""
+        out: Tensor | None = None
+        done = 0
+        while done < len(tokens):
+            chunk = list(tokens[done : done + self.recurrence.most(self.chunk)])
+            done += len(chunk)
+            by = self.reads_by(self.length + len(chunk))
+            out = self._add(chunk, logits=int(done == len(tokens)), mechanism=by)
+        assert out is not None, "rehearse() needs at least one token"
+        return out[-1]
+
     @property
     def runs(self) -> bool:
         """Whether `run` serves."""

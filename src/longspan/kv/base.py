@@ -114,8 +114,11 @@ class LayerKV(ABC):
         made for it, or it was asked for then.
         """
 
-    def held(self, what: str) -> Held | None:
-        """Return the unrotated keys `k` or the values `v` as kernels read them, where they lie; None: they can't."""
+    def held(self, what: str, *, whole: bool = False) -> Held | None:
+        """Return the unrotated keys `k` or the values `v` as kernels read them, where they lie; None: they can't.
+
+        `whole`: whether so many queries read them that what lies together is to be one tensor, however long it is now.
+        """
         return None
 
     def bounds(self, block: int, *, rotated: bool) -> Tensor:
@@ -178,7 +181,7 @@ class TensorKV(LayerKV):
         """See `LayerKV`."""
         return self._v[:, :, start:stop]
 
-    def held(self, what: str) -> Held | None:
+    def held(self, what: str, *, whole: bool = False) -> Held | None:
         """See `LayerKV`."""
         rows = self._k if what == "k" else self._v
         return Held(rows if rows.stride(-1) == 1 else rows.contiguous())

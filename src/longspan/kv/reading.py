@@ -184,12 +184,16 @@ class PageReader(LayerKV):
         """See `LayerKV`."""
         return self.blocks.get(self, what, block)
 
-    def held(self, what: str) -> Held | None:
+    def held(self, what: str, *, whole: bool = False) -> Held | None:
         """See `LayerKV`: where all pages are in the native type or fp8."""
         for each in self.pool.planes:
             each.need(None, what)
         native = self.pool.native.tensors[what]
         table = self.pages.tensor(self.pool.device).unsqueeze(0)
+        if self.pages.plain and whole and (slot := self.pages.run(0, len(self.table))) is not None:
+            # No slot need be looked up, and a kernel may bring more than a page at once.
+            rows = native[:, slot : slot + len(self.table)].flatten(1, 2)[:, : self._length]
+            return Held(rows.unsqueeze(0))
         if self.pages.plain:
             return Held(native, table)
         planes = {handle >> SHIFT for handle in self.table}

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 CHUNK, GPU_CHUNK = 512, 2048
 """Tokens that are read at once: the engine's own (`engine/contexts.py`), which can't be imported without torch."""
 NATIVE, NATIVE_CHUNKS = ("nemotron_h", "llama", "qwen3", "qwen3_moe"), (32768, 16384, 8192, 4096, 2048)
-"""Families that the engine runs by its own forward on a GPU (`hf/native`), and the tokens that it reads at once there, the
-most that fit (`engine/memory_plan.py`)."""
+"""Families that the engine runs by its own forward on a GPU (`hf/native`), and the tokens that it reads at once there,
+the most that fit (`engine/memory_plan.py`)."""
 SLACK = 0.03
 """Of a GPU's memory, what the engine leaves where it chooses those."""
 RUNTIME, GPU_RUNTIME = 400_000_000, 600_000_000

@@ -24,7 +24,6 @@ from longspan.planner.model import Model
 from longspan.planner.parallel import Placement, Ranks, Sent
 from longspan.planner.times import Work
 
-
 _OWN = ("fp32", "bf16", "fp16")
 """Formats of weights in which a model is run as it is."""
 

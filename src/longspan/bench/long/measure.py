@@ -32,7 +32,7 @@ _SLAB = 1 << 16
 _TWICE = 2
 """Times that a chunk is timed at each length, unless it takes a second and more."""
 _LONG, _FEWEST = 3.0, 2048
-"""Seconds beyond which fewer tokens than a chunk are timed, and how many they are at least."""
+"""Seconds of a chunk beyond which half as many tokens are timed at the next length, and how many are at least."""
 
 Say = Callable[[str], None]
 
@@ -83,7 +83,7 @@ def read_whole(context: KVContext, length: int, seed: int) -> Read:
         before = now
 
     context.extend(tokens[: length - last], tick)
-    int(context.step(tokens[length - last :]).argmax())
+    int(context.rehearse(tokens[length - last :]).argmax())
     tick(last)
     return Read(before - started, True, chunk, chunks, min(chunk, length))
 
@@ -91,7 +91,7 @@ def read_whole(context: KVContext, length: int, seed: int) -> Read:
 def _warm_up(context: KVContext, tokens: Sequence[int], sizes: Sequence[int]) -> None:
     """Read chunks of these sizes, one after another, and a few single tokens, and take all of it back."""
     for size in sizes:
-        context.step(tokens[:size])
+        context.rehearse(tokens[:size])
     _advance(context, 1, 2)
     context.truncate(0)
 
@@ -109,15 +109,14 @@ def read_parts(context: KVContext, length: int, at: Sequence[int], seed: int, sa
     chunk = size = context.chunk
     tokens = random_tokens(context.model, chunk, seed)
     chunks: list[tuple[int, float]] = []
-    source: _Source | None = None
+    source, seconds = None, 0.0
     for end in (chunk, *at):
         if source is None:
             seconds = _again(context, tokens)
             context.extend(tokens)
             source = _Source(context)
         else:
-            last, took = chunks[-1]
-            while size > _FEWEST and took * end / last * size / chunk > _LONG:
+            if size > _FEWEST and seconds > _LONG:
                 size //= 2
             source.fill(end - size - context.length)
             seconds = _again(context, tokens[:size])
@@ -173,7 +172,7 @@ def top_kernels(context: KVContext, tokens: int, count: int = 12) -> dict[str, l
     text = random_tokens(context.model, tokens, 1)
     before = context.length
     for what, call, per in (
-        ("prefill", lambda: context.step(text), 1),
+        ("prefill", lambda: context.rehearse(text), 1),
         ("decode", lambda: _advance(context, 1, STEPS), STEPS),
     ):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -202,7 +201,7 @@ def _again(context: KVContext, tokens: list[int]) -> float:
     while len(found) < 2 or (len(found) <= _TWICE and found[-1] < 1.0):  # the first compiles, and plans
         _wait(device)
         started = time.perf_counter()
-        context.step(tokens)
+        context.rehearse(tokens)
         _wait(device)
         found.append(time.perf_counter() - started)
         context.truncate(before)

@@ -21,10 +21,12 @@ from longspan.bench.long import checks, measure, peers
 from longspan.bench.timing import Peaks
 from longspan.engine import memory_plan
 from longspan.engine.kv_context import KVContext
+from longspan.engine.stepper import AHEAD
 from longspan.errors import PoolExhaustedError, UsageError
 from longspan.evals.journal import Entry, Journal
 from longspan.hf.model import CausalModel
 from longspan.hf.native.blocks import Experts
+from longspan.kv.base import PAGE
 
 ANSWER = measure.STEPS * (measure.BATCHES + 1)
 """Tokens that are decoded after each context."""
@@ -161,7 +163,8 @@ def _row(
 ) -> dict[str, Any]:
     context = KVContext(model, mechanism)
     profiled = asked.profile and model.device.type == "cuda"
-    planned = context.reserve(length + ANSWER + (memory_plan.CHUNKS[0] if profiled else 0))
+    # Nothing may have to grow while something is timed, or beside a context that fills the device.
+    planned = context.reserve(length + ANSWER + AHEAD * PAGE + (memory_plan.CHUNKS[0] if profiled else 0))
     if length <= asked.whole:
         read = measure.read_whole(context, length, asked.seed)
     else:
