@@ -38,6 +38,9 @@ def test_it_is_refused_in_a_line_before_a_model_is_loaded(capsys, tmp_path):
             (["--documents", str(tmp_path / "none")], "is no folder", 2),
             (["--max-queue", "0"], "at least 1", 2),
             (["--max-body", "much"], "much", 2),
+            (["--token-ms", "0"], "above 0", 2),
+            (["--session-ttl", "soon"], "write 90s", 2),
+            (["--session-memory", "much"], "much", 2),
         ):
             code, err = run(capsys, "--model", "/nowhere", *arguments)
             assert code == expected and told in err and "\n" not in err, (arguments, err)

@@ -125,6 +125,13 @@ class Mechanism(ABC):
     gpu_tile: ClassVar[int] = 2048
     """The same on a GPU, where launches cost more than memory."""
 
+    def reads_all_of(self, n: int) -> bool:
+        """Whether a decode step after `n - 1` tokens attends to all `n` at their own positions, in one softmax.
+
+        A window does as long as it holds them.
+        """
+        return self.reads_all
+
     def attend(self, q: Tensor, kv: LayerKV, *, scale: float | None = None, hints: Hints | None = None) -> Tensor:
         """Attend causally from the last T positions of the context.
 

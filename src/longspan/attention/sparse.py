@@ -81,6 +81,10 @@ class Sparse(Mechanism):
         valid = index >= 0
         return index.clamp(min=0), None if bool(valid.all()) else valid
 
+    def reads_all_of(self, n: int) -> bool:
+        """See `Mechanism.reads_all_of`."""
+        return n <= self.window
+
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
         count = q.shape[2]

@@ -44,6 +44,10 @@ class Streaming(Mechanism):
         at_least("window", self.window, 1)
         at_least("sinks", self.sinks, 0)
 
+    def reads_all_of(self, n: int) -> bool:
+        """See `Mechanism.reads_all_of`."""
+        return n <= self.window
+
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
         near = attend_window(q, kv, first, self.window, scale)

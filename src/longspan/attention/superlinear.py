@@ -145,6 +145,10 @@ class Superlinear(Mechanism):
         search = superlinear_kernels.search_of(self)
         return kernels.decode(q, k, v, lengths, search, scale=scale, search_keys=searched, turn=turn)
 
+    def reads_all_of(self, n: int) -> bool:
+        """See `Mechanism.reads_all_of`."""
+        return n <= self.window
+
     def attend_tile(self, q: Tensor, kv: LayerKV, first: int, scale: float, hints: Hints) -> Tensor:
         """See `Mechanism.attend_tile`."""
         near, near_lse = self._near(q, kv, first, scale)

@@ -67,6 +67,14 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option(metavar="N", help="Requests that wait; more are told to come later.")] = 256,
     max_running: Annotated[int, typer.Option(metavar="N", help="Answers that are written at once.")] = 32,
+    token_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Milliseconds from one token of an answer to the next, on average: where more answers at once take "
+            "longer, those that come wait for others to end. Default: up to --max-running are written.",
+        ),
+    ] = None,
     max_request_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens of documents and prompt of one request, such as 200K.")
     ] = None,
@@ -116,8 +124,9 @@ def serve(
     if documents is not None and not documents.is_dir():
         raise UsageError(f"--documents {documents} is no folder: make it, or name another")
     limits = _limits(
-        max_queue, max_running, max_request_tokens, max_answer_tokens, session_memory, session_host, session_ttl
-    )
+        max_queue, max_running, token_ms, max_request_tokens, max_answer_tokens, session_memory, session_host,
+        session_ttl,
+    )  # fmt: skip
     settings = _options(name, keys, owners, host, insecure, documents, max_body, max_upload, max_sessions)
     socket = listening.bound(host, port)  # before minutes are spent on loading
     _log(log)
@@ -171,6 +180,7 @@ def keys_of(file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _limits(
     queue: int,
     running: int,
+    token_ms: float | None,
     request_tokens: str | None,
     answer_tokens: str | None,
     session_memory: str | None,
@@ -183,9 +193,12 @@ def _limits(
     for option, value in (("--max-queue", queue), ("--max-running", running)):
         if value < 1:
             raise UsageError(f"{option} is {value}: it must be at least 1")
+    if token_ms is not None and not 0 < token_ms < float("inf"):
+        raise UsageError(f"--token-ms is {token_ms}: it must be above 0")
     return Limits(
         queue=queue,
         sequences=running,
+        token_seconds=None if token_ms is None else token_ms / 1000,
         request_tokens=None if request_tokens is None else tokens_of(request_tokens),
         answer_tokens=None if answer_tokens is None else tokens_of(answer_tokens),
         session_bytes=None if session_memory is None else bytes_of(session_memory),

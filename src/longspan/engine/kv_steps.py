@@ -81,12 +81,11 @@ class KVSteps(KVLayers):
         """Whether a token is read by `step` alone, in no batch with other contexts'."""
         return False
 
-    @property
-    def reads_rows(self) -> bool:
-        """Whether the next token attends to every key and value that is held, as it is held, and to nothing else."""
+    def reads_rows(self, n: int) -> bool:
+        """Whether the next token, the `n`-th, attends to every key and value, as it is held, and to nothing else."""
         return (
             self.kept is None
-            and self.mechanism.reads_all
+            and self.mechanism.reads_all_of(n)
             and not self.recurrence.spec
             and not self._moves
             and self.model.device.type == "cpu"

@@ -79,8 +79,7 @@ class RankedContext(KVContext):
         """See `KVContext`: other ranks must be told."""
         return True
 
-    @property
-    def reads_rows(self) -> bool:
+    def reads_rows(self, n: int) -> bool:
         """See `KVContext`: rows lie on other ranks too."""
         return False
 

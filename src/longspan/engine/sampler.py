@@ -177,9 +177,13 @@ class Sampler:
         # would be lost to rounding: together they can hold a percent.
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         reached = probabilities.cumsum(0, dtype=exact)
-        drawn = torch.rand((), generator=self._generator, dtype=exact, device=self.device)
         # 1 - drawn is in (0, 1]: the first token to reach that share adds to the sum, so its probability isn't 0.
-        return int(torch.searchsorted(reached, (1 - drawn) * reached[-1]))
+        return int(torch.searchsorted(reached, (1 - self.uniform()) * reached[-1]))
+
+    def uniform(self) -> float:
+        """Return the next random number in [0, 1), for whoever draws for several answers at once."""
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        return float(torch.rand((), generator=self._generator, dtype=exact, device=self.device))
 
 
 def _scores(logits: Tensor, params: SamplingParams, history: Tensor | None, allowed: Tensor | None = None) -> Tensor:

@@ -70,6 +70,28 @@ def test_all_mechanisms_in_one_batch_say_what_they_say_alone(tiny, numbers):
         assert ours[i].tokens == context.tokens
 
 
+def test_a_window_that_holds_all_lies_in_a_stack_until_it_does_not(tiny, numbers):
+    kinds = ("streaming:window=100,sinks=4", "superlinear:window=80,spans=2", "dense", "sparse:window=96",
+             "superlinear:window=80,spans=2,gate=routed")  # fmt: skip
+    specs = tuple((kind, None) for kind in kinds)
+    lengths = (80, 60, 60, 70, 300)
+    ours, theirs = (contexts_of(tiny, numbers, specs, lengths) for _ in range(2))
+    batch, said = Batch(tiny), [[token] for token in numbers[:5]]
+    stacked = []
+    for _ in range(50):
+        logits, failed = batch.step(ours, [each[-1] for each in said])
+        assert not failed
+        stacked.append([id(context) in batch._where for context in ours])
+        for each, token in zip(said, logits.argmax(-1).tolist(), strict=True):
+            each.append(token)
+    for context in ours:
+        batch.leave(context)
+    assert stacked[0] == [True, True, True, True, False] and stacked[-1] == [False, False, True, False, False]
+    for i, context in enumerate(theirs):
+        assert said[i] == alone(context, numbers[i], 50), specs[i]
+        assert ours[i].tokens == context.tokens
+
+
 def test_contexts_come_and_go_between_steps(tiny, numbers):
     specs, lengths = (("dense", None),) * 6, (250, 3, 100, 255, 64, 17)
     ours, theirs = (contexts_of(tiny, numbers, specs, lengths) for _ in range(2))

@@ -1,6 +1,8 @@
 """Many requests at once: each has the tokens that it would have alone, turns are fair, and nothing is left behind."""
 
+import asyncio
 import gc
+import itertools
 import random
 import threading
 import time
@@ -9,11 +11,15 @@ import pytest
 import torch
 
 from longspan import SamplingParams
+from longspan.attention import parse
 from longspan.engine.kv_context import KVContext
 from longspan.engine.sampler import Sampler
 from longspan.engine.serving import Delta, Done, Limits, Progress, Request, Scheduler
+from longspan.engine.serving.choice import Choice
+from longspan.engine.serving.drawing import draw
+from longspan.engine.serving.handle import Handle, Wakes
 from longspan.engine.serving.queueing import FairQueue
-from longspan.errors import LongspanError, PoolExhaustedError
+from longspan.errors import LongspanError, ModelError, PoolExhaustedError, UsageError
 
 PROMPT = "The code of the gate is 7315. Lise keeps the spare key. "
 
@@ -76,6 +82,78 @@ def test_answers_are_those_of_each_alone(serve, attention, options):
     assert told == [alone(scheduler.llm, request) for request in requests]
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.3, "seed": 4, "logit_bias": {7: 5.0, 9: -3.0}},
+        {"logit_bias": {11: 8.0}},
+        {"temperature": 1.0, "seed": 5, "top_k": 9},
+        {"temperature": 1.0, "seed": 6, "top_p": 0.7},
+        {"temperature": 1.0, "seed": 7, "min_p": 0.1},
+        {"temperature": 0.9, "seed": 8, "presence_penalty": 1.5},
+        {"repetition_penalty": 1.4},
+        {"temperature": 1e-30, "seed": 9},
+    ],
+)
+def test_what_is_drawn_for_many_at_once_is_what_each_draws_alone(tiny, sampling):
+    """Beside others of every kind, each token and its probabilities are those of a sampler of its own."""
+    params = [SamplingParams(**sampling), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=0.0)]
+    logits = 3 * torch.randn(40, 3, 320, generator=torch.Generator().manual_seed(len(str(sampling))))
+    context = KVContext(tiny, parse("dense"))
+    choices = [Choice(tiny, context, i, each, 99, logprobs=[3, None, 0][i]) for i, each in enumerate(params)]
+    apart = [Choice(tiny, context, i, each, 99, logprobs=[3, None, 0][i]) for i, each in enumerate(params)]
+    for rows in logits:
+        for row, (ours, theirs, (token, told)) in enumerate(zip(choices, apart, draw(rows, choices), strict=True)):
+            wanted = theirs.draw(rows[row])
+            assert token == wanted[0] and [each.token for each in told] == [each.token for each in wanted[1]]
+            for mine, other in zip(told, wanted[1], strict=True):
+                assert mine.logprob == pytest.approx(other.logprob, abs=1e-5)
+                assert [t for t, _ in mine.top] == [t for t, _ in other.top]
+            ours.tokens.append(token)
+            theirs.tokens.append(token)
+
+
+def test_one_row_that_can_not_be_drawn_from_is_told_and_the_others_are_drawn(tiny):
+    context = KVContext(tiny, parse("dense"))
+    choices = [Choice(tiny, context, i, SamplingParams(logit_bias={999: 1.0} if i == 2 else ()), 9) for i in range(4)]
+    logits = torch.randn(4, 320, generator=torch.Generator().manual_seed(0))
+    logits[1, 5] = torch.nan
+    first, second, third, fourth = draw(logits, choices)
+    assert first == (int(logits[0].argmax()), ()) and fourth == (int(logits[3].argmax()), ())
+    assert isinstance(second, ModelError) and "NaN" in str(second)
+    assert isinstance(third, UsageError) and "999" in str(third)
+
+
+def test_an_event_loop_is_woken_once_for_all_that_came():
+    class Loop:
+        calls, closed = 0, False
+
+        def call_soon_threadsafe(self, set_all, events):
+            if self.closed:
+                raise RuntimeError
+            self.calls += 1
+            set_all(events)
+
+    loop, wakes, cancelled = Loop(), Wakes(), []
+    handles = [Handle(lambda i=i: cancelled.append(i), 1, wakes) for i in range(5)]
+    for handle in handles:
+        handle._waiting = loop, asyncio.Event()
+        handle.put(Delta(0, "a"))
+        handle.put(Delta(0, "b"))
+    assert not any(handle._waiting[1].is_set() for handle in handles)
+    wakes.flush()
+    assert all(handle._waiting[1].is_set() for handle in handles) and loop.calls == 1
+    wakes.flush()
+    assert loop.calls == 1, "nothing came"
+    loop.closed = True
+    list(itertools.islice(handles[3], 2))
+    handles[3].put(Delta(0, "c"))
+    wakes.flush()
+    assert cancelled == [3], "nobody reads there any more"
+
+
 def test_choices_share_the_prompt_and_have_seeds_of_their_own(serve):
     scheduler = serve()
     events = list(scheduler.submit(asked(5, n=3)))
@@ -114,6 +192,22 @@ def test_a_long_ingest_does_not_hold_up_a_chat_and_stops_where_it_is(serve, text
     assert read <= memory.length < total and {kv.length for kv in memory.layers} == {memory.length}
     assert memory.tokens == scheduler.llm._context_tokens(scheduler.residents.peek("long"), memory)[: memory.length]
     chat.cancel()
+
+
+def test_where_tokens_must_come_soon_others_wait_and_texts_are_read_meanwhile(serve, text):
+    scheduler = serve(limits=Limits(token_seconds=1e-9))
+    for _ in range(2):  # the first shows that a step takes longer
+        handles = [scheduler.submit(asked(None, 40)) for _ in range(5)]
+        reads = scheduler.submit(Request(documents=[("d", text)], session="d"))
+        writing, ended = [], [next(e for e in handle if isinstance(e, Done)).finish_reason for handle in handles]
+        assert (
+            set(ended) <= {"length", "stop"} and next(e for e in reads if isinstance(e, Done)).finish_reason == "read"
+        )
+    handles = [scheduler.submit(asked(None, 40)) for _ in range(4)]
+    for handle in handles:
+        for _ in handle:
+            writing.append(scheduler.metrics().writing_now)
+    assert max(writing) == 1
 
 
 def test_requests_on_one_session_wait_for_each_other(serve):

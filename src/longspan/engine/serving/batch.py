@@ -1,8 +1,9 @@
 """Decode steps of many contexts as one: products read the weights once for all of them, attention keeps them apart.
 
-Contexts of different length, mechanism and kind come and go between any two steps. Short ones that read every row lie
-side by side in stacks (`stack.py`); every other one attends to its token through a reader of its own. A context that
-fails, for lack of pages say, leaves the others as they are. It does not know sampling or requests.
+Contexts of different length, mechanism and kind come and go between any two steps. Short ones that read every row, as
+windows do that hold all of them, lie side by side in stacks (`stack.py`); every other one attends to its token through
+a reader of its own. A context that fails, for lack of pages say, leaves the others as they are. It does not know
+sampling or requests.
 """
 
 from __future__ import annotations
@@ -55,8 +56,16 @@ class Batch:
             together = [place for place in range(len(contexts)) if place not in alone]
             return self._one_by_one(contexts, tokens, [*([together] if together else []), *([i] for i in alone)])
         places = {id(context): place for place, context in enumerate(contexts)}
-        for context in contexts:
-            self._put(context)
+        lost: dict[int, Exception] = {}
+        for place, context in enumerate(contexts):
+            try:
+                self._put(context)
+            except Exception as error:  # its pages have no room for what a stack held
+                lost[place] = error
+        if lost:
+            going = [place for place in range(len(contexts)) if place not in lost]
+            logits, failed = self._one_by_one(contexts, tokens, [going] if going else [])
+            return logits, failed | lost
         stacks = [stack for stack in self._stacks.values() if stack.contexts]
         order = [places[id(context)] for stack in stacks for context in stack.contexts]
         assert len(set(order)) == len(order), "contexts that are not stepped have left"
@@ -114,13 +123,16 @@ class Batch:
                 del self._stacks[stack.room]
 
     def _stackable(self, context: KVContext) -> bool:
-        return context.reads_rows and self.length(context) < STACKED
+        length = self.length(context)
+        return length < STACKED and context.reads_rows(length + 1)
 
     def _put(self, context: KVContext) -> None:
         """Have a context in the stack of its size, or in none."""
         stack = self._where.get(id(context))
-        if stack is not None and stack.length(stack.contexts.index(context)) < stack.room:
-            return
+        if stack is not None:
+            length = stack.length(stack.contexts.index(context))
+            if length < stack.room and context.mechanism.reads_all_of(length + 1):
+                return
         self.leave(context)
         if self._stackable(context):
             room = _LEAST

@@ -48,17 +48,34 @@ class Choice:
         self.text = ""
         self.reason: str | None = None
         """How it ended; None: it has not."""
-        self._logprobs, self._constraint, self._params = logprobs, constraint, params
+        self.logprobs, self._constraint, self._params = logprobs, constraint, params
         self._sampler = Sampler(params, model.device)
         self._stream = TextStream(model.decode, params.stop)
-        self.greedy = params.temperature == 0.0 and not params.looks_back and not params.logit_bias
-        """Whether the likeliest token is drawn, whatever came before."""
-        self.greedy = self.greedy and constraint is None and logprobs is None
+        self.likeliest = params.temperature == 0.0
+        """Whether the likeliest token is drawn."""
+        self.temperature = max(params.temperature, torch.finfo(torch.float32).tiny)
+        """By which differences of scores are divided, where tokens are drawn by chance."""
+        self.bias: tuple[Tensor, Tensor] | None = None
+        """Token ids, and what is added to their scores."""
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias, strict=True)
+            self.bias = torch.tensor(ids, device=model.device), torch.tensor(values, device=model.device)
 
     @property
     def stopped_by(self) -> str | None:
         """The stop string that ended it."""
         return self._stream.stopped
+
+    def alike(self, size: int) -> bool:
+        """Whether temperature and bias alone say how it draws from a vocabulary of a size: so draw most answers."""
+        params = self._params
+        cut = params.top_k or params.min_p > 0.0 or params.top_p < 1.0
+        known = not params.logit_bias or params.logit_bias[-1][0] < size  # sorted by ids
+        return known and not cut and not params.looks_back and self._constraint is None
+
+    def uniform(self) -> float:
+        """Return the next random number in [0, 1) of those by which it draws."""
+        return self._sampler.uniform()
 
     def draw(self, logits: Tensor) -> tuple[int, tuple[TokenLogprob, ...]]:
         """Return the next token by float32 logits `[V]`, and its probabilities where they are told."""
@@ -67,9 +84,9 @@ class Choice:
             history = torch.tensor(self.tokens, device=logits.device)
         allowed = None if self._constraint is None else self._constraint.allowed()
         token = self._sampler(logits, history, allowed)
-        if self._logprobs is None:
+        if self.logprobs is None:
             return token, ()
-        return token, tuple(told(logits.unsqueeze(0), [token], self._logprobs))
+        return token, tuple(told(logits.unsqueeze(0), [token], self.logprobs))
 
     def take(self, token: int) -> str | None:
         """Add a token and return the text that it makes certain; None: it ends the answer and has none."""

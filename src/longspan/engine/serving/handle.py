@@ -13,15 +13,47 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from longspan.engine.serving.events import Done, Event
 
 
+class Wakes:
+    """Event loops that are told once of all that came for them: to wake one takes as long as to make a token."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._lock = threading.Lock()
+        self._due: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Event, Callable[[], None]]]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, came: asyncio.Event, gone: Callable[[], None]) -> None:
+        """Have an event set with the next `flush`; `gone` is called if its loop is closed by then."""
+        with self._lock:
+            self._due.setdefault(loop, []).append((came, gone))
+
+    def flush(self) -> None:
+        """Wake every loop that something came for."""
+        if not self._due:
+            return
+        with self._lock:
+            due, self._due = self._due, {}
+        for loop, waiting in due.items():
+            try:
+                loop.call_soon_threadsafe(_set, [came for came, _ in waiting])
+            except RuntimeError:  # the loop is closed: nobody reads any more
+                for _, gone in waiting:
+                    gone()
+
+
+def _set(events: list[asyncio.Event]) -> None:
+    for came in events:
+        came.set()
+
+
 class Handle(Iterator[Event], AsyncIterator[Event]):
     """A request under way: iterate over its events, with `for` or `async for`; one reader at a time.
 
     The last event of each choice is `Done`. What goes wrong is raised as a `LongspanError`.
     """
 
-    def __init__(self, cancel: Callable[[], None], choices: int = 1) -> None:
-        """Take what stops the request, and how many choices end it."""
-        self._cancel, self._left = cancel, choices
+    def __init__(self, cancel: Callable[[], None], choices: int, wakes: Wakes) -> None:
+        """Take what stops the request, how many choices end it, and where event loops are woken."""
+        self._cancel, self._left, self._wakes = cancel, choices, wakes
         self._events: deque[Event | BaseException] = deque()
         self._there = threading.Condition()
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -76,14 +108,11 @@ class Handle(Iterator[Event], AsyncIterator[Event]):
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
     def put(self, event: Event | BaseException) -> None:
-        """Tell an event, or raise an error where events are taken."""
+        """Tell an event, or raise an error where events are taken; an event loop learns of it by `Wakes.flush`."""
         with self._there:
+            first = not self._events
             self._events.append(event)
             self._there.notify()
             waiting = self._waiting
-        if waiting is not None and not waiting[1].is_set():
-            loop, came = waiting
-            try:
-                loop.call_soon_threadsafe(came.set)
-            except RuntimeError:  # its loop is closed: nobody reads any more
-                self._cancel()
+        if first and waiting is not None:
+            self._wakes.add(*waiting, self._cancel)

@@ -22,7 +22,7 @@ from longspan.engine.kv_context import KVContext
 from longspan.engine.serving.cached import Cached
 from longspan.engine.serving.choice import Choice, told
 from longspan.engine.serving.events import Delta, Done, Progress, PromptRead, TokenLogprob, Usage
-from longspan.engine.serving.handle import Handle
+from longspan.engine.serving.handle import Handle, Wakes
 from longspan.engine.serving.metrics import Metrics
 from longspan.engine.serving.prepared import Prepared, prompt_of, question_of
 from longspan.engine.serving.requests import Request
@@ -42,10 +42,10 @@ _SCORED = 64
 class Job:
     """A request, what is known of it by now, and who is told."""
 
-    def __init__(self, request: Request, metrics: Metrics, changed: Callable[[], None]) -> None:
-        """Note when it came; `changed` wakes the engine when it is cancelled."""
+    def __init__(self, request: Request, metrics: Metrics, changed: Callable[[], None], wakes: Wakes) -> None:
+        """Note when it came; `changed` wakes the engine when it is cancelled, `wakes` whoever reads events."""
         self.request, self.submitted, self.cancelled = request, time.perf_counter(), False
-        self.handle = Handle(self.cancel, request.n)
+        self.handle = Handle(self.cancel, request.n, wakes)
         self.begun = False
         """Whether its turn has come."""
         self.prepared: Prepared | None = None

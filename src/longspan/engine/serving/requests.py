@@ -132,5 +132,8 @@ class Limits:
     """Contexts of requests without a session that are kept for others that begin alike."""
     share: float = 0.6
     """Of the time in which answers are written and texts read, what reading gets at most."""
+    token_seconds: float | None = None
+    """Between two tokens of an answer on average: as few are written at once as that takes, and others wait; None:
+    `sequences` are."""
     step_seconds: float | None = None
     """How long one chunk of reading may hold up answers; None: by how long their own step takes."""

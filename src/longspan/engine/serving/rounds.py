@@ -18,10 +18,11 @@ import torch
 from longspan import settings
 from longspan.engine.serving.batch import Batch
 from longspan.engine.serving.choice import Choice
+from longspan.engine.serving.drawing import draw
 from longspan.engine.serving.holdings import Holdings
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.metrics import Metrics
-from longspan.engine.serving.pace import Pace
+from longspan.engine.serving.pace import Crowd, Pace
 from longspan.engine.serving.queueing import WRITTEN, FairQueue
 from longspan.engine.serving.requests import Limits
 from longspan.errors import EngineError, LongspanError, PoolExhaustedError
@@ -61,6 +62,7 @@ class Rounds:
         self.held = Holdings(llm, limits)
         self._steps: dict[Job, Iterator[int]] = {}
         self._batch, self._pace = Batch(llm.model), Pace(limits.step_seconds)
+        self._crowd = Crowd(limits.token_seconds, limits.sequences)
         self._saver: ThreadPoolExecutor | None = None
         self._round, self._looked = 0, 0.0
 
@@ -140,6 +142,9 @@ class Rounds:
         under_way = sum(job.request.n for job in (*self.reading, *self.writing))
         if under_way and under_way + item.request.n > self.limits.sequences:
             return False
+        answers = sum(job.request.n for job in (*self.reading, *self.writing) if not job.request.reads_only)
+        if not item.request.reads_only and not self._crowd.fits(answers, item.request.n):
+            return None  # texts may be read meanwhile
         if len(self.reading) >= self.limits.reading and item.prepared.tokens > _SHORT:
             return None  # short ones need not wait behind it
         item.left = item.prepared.tokens
@@ -192,14 +197,10 @@ class Rounds:
             for job in list(self.writing):
                 self._end(job, error)
             return
-        greedy: list[int] = []
-        sound: list[bool] = []
-        if logits.numel():
-            best = logits.max(-1)
-            # NaN and infinity are told by the sampler, in its words.
-            sound = best.values.isfinite().tolist()
-            greedy = best.indices.tolist()
+        drawn = draw(logits, [choice for _, choice in open_]) if logits.numel() else []
         now = time.perf_counter()
+        if waited := [now - job.last for job in self.writing if job.last]:
+            self._crowd.stepped(max(waited), len(open_))
         for at, (job, choice) in enumerate(open_):
             if at in failed:
                 self._end(job, failed[at])
@@ -207,10 +208,9 @@ class Rounds:
             if job not in self.writing:
                 continue  # another answer of it has failed
             try:
-                if choice.greedy and sound[at]:
-                    job.write(choice, greedy[at])
-                else:
-                    job.write(choice, *choice.draw(logits[at]))
+                if isinstance(said := drawn[at], Exception):
+                    raise said
+                job.write(choice, *said)
                 if choice.reason is not None:
                     self._choice_ended(job, choice)
             except Exception as error:

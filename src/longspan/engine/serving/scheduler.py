@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from longspan.engine.residents import Residents
-from longspan.engine.serving.handle import Handle
+from longspan.engine.serving.handle import Handle, Wakes
 from longspan.engine.serving.job import Job
 from longspan.engine.serving.metrics import Metrics
 from longspan.engine.serving.prepared import prepare
@@ -51,7 +51,7 @@ class Scheduler:
         self._came: list[Job | Call] = []
         self._known: set[Job] = set()
         """Every request that has not ended."""
-        self._metrics = Metrics()
+        self._metrics, self._wakes = Metrics(), Wakes()
         self._rounds = Rounds(llm, self.limits, self._metrics, self._ended, self._wake)
         self._short: ThreadPoolExecutor | None = None
         self._long: ThreadPoolExecutor | None = None
@@ -93,6 +93,7 @@ class Scheduler:
         if self._thread is None:
             for job in list(self._known):
                 job.end()
+            self._wakes.flush()
             return
         self._thread.join()
         self._thread = None
@@ -118,7 +119,7 @@ class Scheduler:
             raise UsageError(
                 f"max_tokens is {request.params.max_tokens}: at most {limits.answer_tokens} are written here"
             )
-        job = Job(request, self._metrics, self._wake)
+        job = Job(request, self._metrics, self._wake, self._wakes)
         with self._there:
             if self._closing:
                 raise BusyError("no requests are taken any more: ask again later", 5.0)
@@ -226,6 +227,7 @@ class Scheduler:
             else:
                 self._came.append(job)
             self._there.notify_all()
+        self._wakes.flush()
 
     def _ended(self, job: Job) -> None:
         with self._there:
@@ -249,6 +251,7 @@ class Scheduler:
                 self._rounds.go_round()
             except Exception as error:
                 self._rounds.fail_all(error)
+            self._wakes.flush()
 
     def _patience(self) -> float | None:
         """Return the seconds after which there is something to do in any case; None: there is not."""

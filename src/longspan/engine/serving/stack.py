@@ -1,9 +1,9 @@
 """The rows of many short contexts side by side, so that one call a layer attends for all of them.
 
-For what reads every row that is held (dense), on a CPU: there a call costs more than what it reads of a few thousand
-rows. A stack holds one size of context; each is a slot of one tensor, its newest tokens among its rows and, unrotated,
-in a tail that is written to the context's pages when it is full or the context leaves. Slots are closed up, so that
-those in use come first. It does not know when contexts come and go: `batch.py` does.
+For what reads every row that is held (dense, and windows that hold all), on a CPU: there a call costs more than what it
+reads of a few thousand rows. A stack holds one size of context; each is a slot of one tensor, its newest tokens among
+its rows and, unrotated, in a tail that is written to the context's pages when it is full or the context leaves. Slots
+are closed up, so that those in use come first. It does not know when contexts come and go: `batch.py` does.
 """
 
 from __future__ import annotations
