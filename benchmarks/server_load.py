@@ -45,9 +45,9 @@ def share(values: list[float], part: float) -> float | None:
     return round(1e3 * found[min(len(found) - 1, int(part * len(found)))], 2) if found else None
 
 
-def load(place: Path, seconds: float) -> dict[str, Any]:
+def load(place: Path, seconds: float, *options: str) -> dict[str, Any]:
     """50 clients, chats and ingests: errors, leaks, and how much slower a chat's tokens come than on an idle server."""
-    with Served(place) as served:
+    with Served(place, *options) as served:
         asyncio.run(many(served.url, 1, 1, 3, 500))  # whatever is made on first use
         idle = asyncio.run(many(served.url, 1, 0, 8, 0))
         before = served.holds()
@@ -59,7 +59,7 @@ def load(place: Path, seconds: float) -> dict[str, Any]:
         later, tracebacks = served.holds(), served.tracebacks()
     idle_p95, loaded_p95 = share(idle.between, 0.95), share(seen.between, 0.95)
     return {
-        "chats": CHATS, "ingests": INGESTS, "ingest_tokens": INGESTED, "seconds": seconds,
+        "options": list(options), "chats": CHATS, "ingests": INGESTS, "ingest_tokens": INGESTED, "seconds": seconds,
         "statuses": dict(seen.statuses), "tracebacks": tracebacks,
         "chat_tokens": seen.tokens, "ingested_tokens": seen.ingested,
         "first_token_ms": {"idle_p50": share(idle.first, 0.5), "p50": share(seen.first, 0.5),
@@ -98,10 +98,11 @@ def decode(place: Path) -> dict[str, Any]:
     return found
 
 
-def fuzz(place: Path, count: int) -> dict[str, Any]:
-    """Odd bodies, eight at once: no 5xx, no hang, no traceback."""
-    drawn, statuses, slowest = random.Random(0), Counter[str](), 0.0
-    with Served(place) as served:
+def fuzz(place: Path, count: int, seed: int, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Odd bodies, eight at once: no 5xx, no hang, no traceback; what an earlier run of another seed found is added."""
+    drawn, statuses, slowest = random.Random(seed), Counter[str](), 0.0
+    # Some ask for answers as long as the window, which would take all of the time.
+    with Served(place, "--max-answer-tokens", "64") as served:
 
         async def some(http: httpx2.AsyncClient, bodies: list[tuple[str, bytes]]) -> None:
             nonlocal slowest
@@ -121,8 +122,13 @@ def fuzz(place: Path, count: int) -> dict[str, Any]:
         asyncio.run(all_of_it())
         healthy = httpx2.get(f"{served.url}/health").status_code == 200
         tracebacks = served.tracebacks()
-    return {"bodies": count, "statuses": dict(statuses), "slowest_s": round(slowest, 2), "tracebacks": tracebacks,
-            "healthy_after": healthy}  # fmt: skip
+    if before is not None and seed not in before["seeds"]:
+        count, tracebacks = count + before["bodies"], tracebacks + before["tracebacks"]
+        statuses.update(before["statuses"])
+        slowest, healthy = max(slowest, before["slowest_s"]), healthy and before["healthy_after"]
+    seeds = sorted({seed, *(before or {}).get("seeds", ())})
+    return {"bodies": count, "seeds": seeds, "statuses": dict(sorted(statuses.items())),
+            "slowest_s": round(slowest, 2), "tracebacks": tracebacks, "healthy_after": healthy}  # fmt: skip
 
 
 def sockets(place: Path) -> dict[str, Any]:
@@ -217,17 +223,20 @@ def schema(place: Path, tool: str) -> dict[str, Any]:
 def main() -> None:
     """Run the parts that were asked for, and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="parts, between commas: load, decode, fuzz, sockets, kill, schema")
+    parser.add_argument("--only", help="parts, between commas: load, in_time, decode, fuzz, sockets, kill, schema")
     parser.add_argument("--seconds", type=float, default=300.0, help="of load")
+    parser.add_argument("--token-ms", type=float, default=4.0, help="of in_time, which is load with that option")
     parser.add_argument("--bodies", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0, help="of odd bodies; runs of other seeds add up in one file")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--schemathesis", default="schemathesis", help="the program")
     parser.add_argument("--out", help="a JSON file; parts that it holds already and are not run again stay")
     given = parser.parse_args()
     parts: dict[str, Callable[[Path], Any]] = {
         "load": lambda place: load(place, given.seconds),
+        "in_time": lambda place: load(place, given.seconds, "--token-ms", str(given.token_ms)),
         "decode": decode,
-        "fuzz": lambda place: fuzz(place, given.bodies),
+        "fuzz": lambda place: fuzz(place, given.bodies, given.seed, result.get("fuzz")),
         "sockets": sockets,
         "kill": lambda place: kills(place, given.kills),
         "schema": lambda place: schema(place, given.schemathesis),
