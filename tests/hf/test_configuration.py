@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -57,6 +58,7 @@ def test_what_has_no_configuration_is_told(tmp_path):
 def test_a_hub_name_comes_from_the_cache_or_is_refused_in_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 
+    level = logging.getLogger("huggingface_hub").level
     file = tmp_path / "config.json"
     file.write_text('{"hidden_size": 5}', encoding="utf-8")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, which: str(file))
@@ -71,6 +73,7 @@ def test_a_hub_name_comes_from_the_cache_or_is_refused_in_one_line(tmp_path, mon
     with pytest.raises(ModelError, match="no network") as caught:
         configuration("owner/model")
     assert "\n" not in str(caught.value)
+    assert logging.getLogger("huggingface_hub").level == level
 
 
 def test_it_loads_neither_torch_nor_transformers():

@@ -92,7 +92,9 @@ def _fetched(name: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each retry
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # it would tell of each retry
     try:
         cached = try_to_load_from_cache(name, "config.json")
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "config.json"))
@@ -104,3 +106,5 @@ def _fetched(name: str) -> Path:
             f"can't fetch the config.json of {name}: {reason[0] if reason else type(error).__name__} "
             "(or name a folder that holds it)"
         ) from error
+    finally:
+        logger.setLevel(before)
