@@ -138,8 +138,15 @@ def ruler_mechanisms() -> str:
         return _NOTHING
     shares = {line["length"] for line in result["table"] if line["contender"] != "dense"}
     lines = [line for line in result["table"] if line["length"] in shares]
-    averages = [line for line in lines if line["task"] == "average"]
-    return _by_length(averages, "contender") + _ruler_about(result, lines)
+    asked: dict[tuple[str, int], int] = {}
+    for line in lines:
+        if line["task"] != "average":
+            asked[line["contender"], line["length"]] = asked.get((line["contender"], line["length"]), 0) + 1
+    # An average of some of the tasks says nothing beside one of all.
+    most = max(asked.values(), default=0)
+    whole = [line for line in lines if asked.get((line["contender"], line["length"])) == most]
+    averages = [line for line in whole if line["task"] == "average"]
+    return _by_length(averages, "contender") + _ruler_about(result, whole)
 
 
 def ruler_agreement() -> str:

@@ -141,7 +141,10 @@ def test_the_tables_are_made_of_the_committed_result(monkeypatch, tmp_path):
         {"contender": "dense", "task": "average", "length": 1024, **line},
         {"contender": "dense", "task": "average", "length": 4096, **line},
         {"contender": "quest at 1/4", "task": "vt", "length": 4096, **line},
+        {"contender": "quest at 1/4", "task": "qa_1", "length": 4096, **line},
         {"contender": "quest at 1/4", "task": "average", "length": 4096, **line},
+        {"contender": "h2o at 1/4", "task": "vt", "length": 4096, **line},
+        {"contender": "h2o at 1/4", "task": "average", "length": 4096, **line},
     ]
     about = {"model": "m", "dtype": "float32", "device": "d", "torch": "2", "command": "c"}
     (tmp_path / "ruler-x.json").write_text(json.dumps({**about, "table": lines}))
@@ -149,6 +152,7 @@ def test_the_tables_are_made_of_the_committed_result(monkeypatch, tmp_path):
     assert "| `vt` | 25.0 (0-60) |  |\n| `average` | 25.0 (0-60) | 25.0 (0-60) |\n" in tables.ruler()
     assert "3 to 3 questions" in tables.ruler() and "| contender | 4K |" in tables.ruler_mechanisms()
     assert "| `quest at 1/4` | 25.0 (0-60) |" in tables.ruler_mechanisms()
+    assert "h2o" not in tables.ruler_mechanisms(), "an average of one task of two is none"
     agreement = {"task": "vt", "length": 2048, "independent": 60.0, "ours": 20.0, "difference": 40.0, "error": 21.37}
     (tmp_path / "agreement-x.json").write_text(json.dumps({**about, "table": [agreement]}))
     assert "| `vt` | 2K | 60.0 | 20.0 | +40.0 | 21.4 |\n\nm, float32" in tables.ruler_agreement()

@@ -5,9 +5,10 @@ A context is read in stretches. After each of them (`every` tokens, or only at t
 held when it comes. A subclass says how a row scores, and what it learns from the queries that were read. Tokens of a
 question or an answer evict nothing, since they may be taken back, and nothing is learned from them.
 
-With `heads=adaptive` the heads of a layer share their budgets, with `heads=model` those of all layers (`keeping.py`). Up
-to the trained length keys are read at their true positions, beyond it as if those that are held followed one another, so
-that no distance exceeds them. Given plain keys and values (`attend`), those before the first query are held, and the queries are read in stretches.
+With `heads=adaptive` the heads of a layer share their budgets, with `heads=model` those of all layers (`keeping.py`).
+Up to the trained length keys are read at their true positions, beyond it as if those that are held followed one
+another, so that no distance exceeds them. Given plain keys and values (`attend`), those before the first query are
+held, and the queries are read in stretches.
 
 `when=question` forgets nothing of a document: each question is read on a copy, which then evicts down to the budget
 before its answer is written. What the next question asks about is still there; so are its bytes.

@@ -2,8 +2,8 @@
 
 Heads keep equally many, or those of a layer or of all layers share one sum: each keeps its own best up to a safe share
 of the budget, and what is left goes to the best rows of all of them together (Ada-KV, arXiv 2407.11550, section 3.3,
-which flattens the scores of all heads and keeps the highest). Of equal scores the older row stays, so that the choice is the
-same everywhere.
+which flattens the scores of all heads and keeps the highest). Of equal scores the older row stays, so that the choice
+is the same everywhere.
 It does not know what scores mean.
 """
 
