@@ -11,8 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.tables import ATTENTION, RESULTS, ROOT
+from benchmarks.tables import ATTENTION, COMPRESS, RESULTS, ROOT
 from longspan.bench.attention.picture import picture
+from longspan.evals import compress_report
 
 PICTURES = ROOT / "docs" / "pictures"
 
@@ -21,6 +22,10 @@ def main(results: Path = RESULTS, pictures: Path = PICTURES) -> int:
     """Draw a picture of every result that has one."""
     for file in sorted(results.glob(ATTENTION)):
         picture(json.loads(file.read_text(encoding="utf-8")), pictures / f"{file.stem}.png")
+    for file in sorted(results.glob(COMPRESS)):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        about = f"{result['model']}, {result['dtype']}, {result['device']}, {result['of']['length']:,} tokens"
+        compress_report.picture(result["rows"], about, pictures / f"{file.stem}.png")
     return 0
 
 

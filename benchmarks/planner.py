@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.attention import names
+from longspan.evals.asking.tables import of_all_tasks
 from longspan.evals.statistics import interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,8 +107,9 @@ def evals() -> Iterator[dict[str, Any]]:
                     "perplexity_ratio": row["perplexity_ratio"], "score": row["score"],
                 }  # fmt: skip
     for file, result in _results("ruler-*.json"):
+        whole = of_all_tasks(result["table"])
         for number, line in enumerate(result["table"]):
-            if line["task"] == "average":
+            if line["task"] == "average" and line in whole:
                 yield {
                     "file": file, "row": number, "eval": "ruler", "model": result["model"].split(".")[0],
                     "mechanism": line["contender"], "length": line["length"], "questions": line["questions"],

@@ -19,11 +19,14 @@ from typing import Any
 from benchmarks import model_tables, parallel_tables, plan_tables
 from longspan.attention import mechanisms
 from longspan.bench.attention import report
+from longspan.evals.asking.tables import of_all_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = "attention-*.json"
 """Results of `longspan bench attention`, one a device and kind of inputs; each has a picture of its name."""
+COMPRESS = "compress-*.json"
+"""Results of `longspan eval compress`; each has a picture of its name."""
 FILES = (
     "README.md",
     "README.ru.md",
@@ -138,13 +141,7 @@ def ruler_mechanisms() -> str:
         return _NOTHING
     shares = {line["length"] for line in result["table"] if line["contender"] != "dense"}
     lines = [line for line in result["table"] if line["length"] in shares]
-    asked: dict[tuple[str, int], int] = {}
-    for line in lines:
-        if line["task"] != "average":
-            asked[line["contender"], line["length"]] = asked.get((line["contender"], line["length"]), 0) + 1
-    # An average of some of the tasks says nothing beside one of all.
-    most = max(asked.values(), default=0)
-    whole = [line for line in lines if asked.get((line["contender"], line["length"])) == most]
+    whole = of_all_tasks(lines)
     averages = [line for line in whole if line["task"] == "average"]
     return _by_length(averages, "contender") + _ruler_about(result, whole)
 
@@ -193,7 +190,7 @@ def _ruler_about(result: dict[str, Any], lines: list[dict[str, Any]]) -> str:
 
 def _compressed() -> dict[str, Any]:
     """Return the committed comparison of ways to compress, of several the one with the most rows."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("compress-*.json"))]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(COMPRESS))]
     largest: dict[str, Any] = max(found, key=lambda result: len(result["rows"]))
     return largest
 

@@ -94,6 +94,6 @@ def test_a_picture_is_drawn_of_every_result(attention_result, tmp_path):
     assert (tmp_path / "attention-h.png").stat().st_size > 20_000
 
 
-def test_every_attention_result_has_its_picture():
-    for file in tables.RESULTS.glob(tables.ATTENTION):
+def test_every_result_of_attention_and_compression_has_its_picture():
+    for file in (*tables.RESULTS.glob(tables.ATTENTION), *tables.RESULTS.glob(tables.COMPRESS)):
         assert (ROOT / "docs" / "pictures" / f"{file.stem}.png").exists(), "run: make docs"

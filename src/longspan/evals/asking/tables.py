@@ -6,6 +6,7 @@ It does not know who was asked; pictures and pages are made from the same rows e
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,13 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             chance = sum(sum(row.chance for row in group) / len(group) for _, group in each) / len(each)
             lines.append(_line(who, AVERAGE, length, every, _percent(mean, every) | {"chance": round(100 * chance, 1)}))
     return lines
+
+
+def of_all_tasks(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of those who were asked every task at a length: an average of some is none beside one of all."""
+    asked = Counter((line["contender"], line["length"]) for line in lines if line["task"] != AVERAGE)
+    most = max(asked.values(), default=0)
+    return [line for line in lines if asked[line["contender"], line["length"]] == most]
 
 
 def cells(lines: Sequence[dict[str, Any]]) -> tuple[list[int], list[list[str]]]:
