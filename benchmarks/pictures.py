@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.tables import ATTENTION, COMPRESS, RESULTS, ROOT
+from benchmarks.compress_tables import COMPRESS
+from benchmarks.tables import ATTENTION, RESULTS, ROOT
 from longspan.bench.attention.picture import picture
 from longspan.evals import compress_report
 
