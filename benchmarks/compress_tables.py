@@ -23,6 +23,7 @@ SAME = (
     ("Ada-KV over expected attention", "expected:heads=adaptive", "ada_expected_attention"),
     ("KeyDiff", "keydiff:every=0", "keydiff"),
     ("KVzip", "kvzip", "kvzip"),
+    ("KVzip, ours with equal budgets", "kvzip:heads=same", "kvzip"),
     ("H2O", "h2o:every=0", "observed_attention"),
 )
 """Methods that both sides have: our way, their press."""
